@@ -1,0 +1,45 @@
+"""What the command lines share: one-line errors and models looked up by name."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from timm.models import is_model, list_models
+
+from litvit.errors import InputError
+
+EXIT_INPUT_ERROR = 2
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are one line: wrong input is named, the usage is left to --help."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Run a command line's `main(argv)` and exit: 0, what it returns, or 2 with one line for wrong input.
+
+    Args:
+        main: takes the arguments (None: sys.argv) and returns an exit status, None for success.
+    """
+    try:
+        sys.exit(main(None))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_INPUT_ERROR)
+
+
+def model_name(name: str) -> str:
+    """Return `name` if timm or litvit knows such a model.
+
+    Raises:
+        InputError: unknown; names the nearest known ones.
+    """
+    if is_model(name):
+        return name
+    near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"LIT's models: {', '.join(list_models('lit_*'))}"
+    raise InputError(f"unknown model '{name}'; {hint}")

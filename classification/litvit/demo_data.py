@@ -1,0 +1,395 @@
+"""Small real data sets for demos and tests: handwritten digits in drawn scenes, no download.
+
+    python -m litvit.demo_data data/demo
+
+The digits are scikit-learn's bundled 1797 handwritten ones (8 x 8 pixels), each enlarged, turned, coloured and placed
+on a drawn background. `draw_scene` makes a `Scene`, which knows its objects' boxes and masks and what the background is
+at every pixel; `build` writes scenes in ImageNet's layout (`train/<class>/*.png`, `val/...`). Pictures for training and
+validation show different source digits.
+"""
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from litvit import cli
+from litvit.errors import InputError
+
+CLASSES = tuple("0123456789")
+BACKGROUNDS = ("gradient", "stripes", "noise", "discs")
+SPLITS = ("train", "val")
+MARKER = "demo_data.json"
+
+VAL_FRACTION = 0.2
+MIN_IMAGE_SIZE = 32
+MAX_ANGLE = 15.0
+# Luma (0 black, 1 white) of a scene's backgrounds spans at most TONE_SPAN, which leaves 0.3 above or below for strokes.
+TONE_SPAN = 0.4
+MIN_CONTRAST = 0.25
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One digit in a scene.
+
+    Args:
+        label: the digit, 0 to 9.
+        box: (left, top, right, bottom) of the mask in pixels; right and bottom are exclusive.
+        mask: (H, W) bool, the pixels that the digit's stroke covers.
+    """
+
+    label: int
+    box: tuple[int, int, int, int]
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn picture and everything that is true of it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        objects: its digits; their masks are apart.
+        background: (H, W) uint8, index into `BACKGROUNDS` of what lies at each pixel, behind the digits too.
+    """
+
+    image: np.ndarray
+    objects: list[SceneObject]
+    background: np.ndarray
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines a set, to the pixel. `drawing` counts the changes of how scenes are drawn."""
+
+    train_per_class: int = 500
+    val_per_class: int = 100
+    image_size: int = 64
+    seed: int = 0
+    task: str = "classification"
+    drawing: int = 1
+
+
+@functools.cache
+def source_digits(seed: int) -> dict[str, list[np.ndarray]]:
+    """Return the handwritten digits of each split, stratified by class.
+
+    Args:
+        seed: shuffles the digits before they are split.
+
+    Returns:
+        For "train" and "val": a list, by class, of (n, 8, 8) arrays with values 0 (paper) to 1 (ink).
+    """
+    data = load_digits()
+    splits: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for label in range(len(CLASSES)):
+        digits = data.images[data.target == label] / 16.0
+        digits = digits[np.random.default_rng([seed, label]).permutation(len(digits))]
+        val_count = round(len(digits) * VAL_FRACTION)
+        splits["val"].append(digits[:val_count])
+        splits["train"].append(digits[val_count:])
+    return splits
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    digits: Sequence[tuple[int, np.ndarray]],
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.7, 1.0),
+) -> Scene:
+    """Draw digits on a background of one or two textures.
+
+    Every digit lies whole inside the picture, apart from the others, and differs by `MIN_CONTRAST` in luma from the
+    background that it covers and touches.
+
+    Args:
+        rng: decides everything else: textures, colours, scales, angles, places.
+        digits: (label, (8, 8) array with values 0 to 1) of each digit to place.
+        size: (height, width) in pixels.
+        scale: smallest and largest side of a digit's 8 x 8 grid, as a fraction of the picture's shorter side. A digit
+            that finds no room is drawn smaller.
+
+    Raises:
+        ValueError: the digits do not fit.
+    """
+    canvas, background = _draw_background(rng, size)
+    occupied = np.zeros(size, dtype=bool)
+    objects = []
+    for label, digit in digits:
+        alpha = _place_digit(rng, digit, scale, occupied)
+        mask = alpha > 0.5
+        touched = _grow(alpha > 0)
+        colour = _stroke_colour(rng, canvas[touched] @ LUMA)
+        canvas += alpha[..., None] * (colour - canvas)
+        occupied |= touched
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        objects.append(SceneObject(label, box, mask))
+    image = np.rint(canvas * 255).clip(0, 255).astype(np.uint8)
+    return Scene(image, objects, background)
+
+
+def _draw_background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return an (H, W, 3) canvas with values 0 to 1 and the (H, W) map of its textures."""
+    lowest = rng.uniform(0, 1 - TONE_SPAN)
+    first, second = rng.choice(len(BACKGROUNDS), size=2, replace=False)
+    canvas = _texture(rng, first, size, lowest)
+    background = np.full(size, first, dtype=np.uint8)
+    if rng.random() < 0.5:
+        beyond = _ramp(rng, size) > rng.uniform(0.3, 0.7)
+        canvas[beyond] = _texture(rng, second, size, lowest)[beyond]
+        background[beyond] = second
+    return canvas, background
+
+
+def _texture(rng: np.random.Generator, kind: int, size: tuple[int, int], lowest: float) -> np.ndarray:
+    """Return (H, W, 3): two colours, of luma `lowest` to `lowest` + TONE_SPAN, mixed in the pattern of `kind`."""
+    name = BACKGROUNDS[kind]
+    if name == "gradient":
+        mix = _ramp(rng, size)
+    elif name == "stripes":
+        mix = 0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(2, 7) * _ramp(rng, size))
+    elif name == "noise":
+        cells = rng.random((rng.integers(4, 17), rng.integers(4, 17)), dtype=np.float32)
+        mix = np.asarray(Image.fromarray(cells).resize(size[::-1], Image.Resampling.BILINEAR), dtype=np.float64)
+    else:
+        mix = np.zeros(size)
+        y, x = np.ogrid[: size[0], : size[1]]
+        for _ in range(rng.integers(4, 10)):
+            centre_y, centre_x = rng.uniform(0, size[0]), rng.uniform(0, size[1])
+            radius = min(size) * rng.uniform(0.05, 0.25)
+            mix[np.hypot(y - centre_y, x - centre_x) < radius] = rng.uniform(0.3, 1)
+    colours = [_colour(rng, lowest + TONE_SPAN * rng.random()) for _ in range(2)]
+    return colours[0] + mix[..., None] * (colours[1] - colours[0])
+
+
+def _ramp(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Return (H, W) that rises from 0 to 1 across the picture in a random direction."""
+    angle = rng.uniform(0, 2 * math.pi)
+    y, x = np.ogrid[: size[0], : size[1]]
+    ramp = y * math.sin(angle) + x * math.cos(angle)
+    return (ramp - ramp.min()) / (ramp.max() - ramp.min())
+
+
+def _colour(rng: np.random.Generator, luma: float) -> np.ndarray:
+    """Return a random RGB colour of exactly this luma: mixed with black or white until it has it."""
+    colour = rng.uniform(0.05, 0.95, 3)
+    own = colour @ LUMA
+    return colour * (luma / own) if luma < own else colour + (1 - colour) * ((luma - own) / (1 - own))
+
+
+def _stroke_colour(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray:
+    """Return a colour that stands out by MIN_CONTRAST from all of `behind`, the lumas of the background."""
+    room_below = max(behind.min() - MIN_CONTRAST, 0.0)
+    room_above = max(1 - behind.max() - MIN_CONTRAST, 0.0)
+    luma = rng.random() * (room_below + room_above)
+    return _colour(rng, luma if luma < room_below else 1 - (room_below + room_above - luma))
+
+
+def _place_digit(
+    rng: np.random.Generator, digit: np.ndarray, scale: tuple[float, float], occupied: np.ndarray
+) -> np.ndarray:
+    """Return (H, W) with values 0 to 1, how much ink covers each pixel, for a digit apart from what is `occupied`."""
+    height, width = occupied.shape
+    side = min(height, width) * rng.uniform(*scale)
+    for _ in range(100):
+        ink = _turn_and_enlarge(rng, digit, side)
+        spare_y, spare_x = height - ink.shape[0], width - ink.shape[1]
+        if spare_y >= 0 and spare_x >= 0:
+            top, left = rng.integers(spare_y + 1), rng.integers(spare_x + 1)
+            here = slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1])
+            if not (occupied[here] & (ink > 0)).any():
+                alpha = np.zeros(occupied.shape)
+                alpha[here] = ink
+                return alpha
+        side = max(side * 0.97, 0.5 * min(height, width) * scale[0])
+    raise ValueError(f"no room for another digit of scale {scale} in a scene of {height} x {width} pixels")
+
+
+def _turn_and_enlarge(rng: np.random.Generator, digit: np.ndarray, side: float) -> np.ndarray:
+    """Return the ink of a digit whose 8 x 8 grid has become `side` pixels wide, cropped to where there is any."""
+    pad = 2
+    angle = math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
+    stretch = rng.uniform(0.85, 1.15)
+    patch = math.ceil(1.6 * side)
+    step_x = len(digit) / side * math.sqrt(stretch)
+    step_y = len(digit) / side / math.sqrt(stretch)
+    xx, xy = math.cos(angle) * step_x, math.sin(angle) * step_x
+    yx, yy = -math.sin(angle) * step_y, math.cos(angle) * step_y
+    centre = len(digit) / 2 + pad
+    affine = (xx, xy, centre - (xx + xy) * patch / 2, yx, yy, centre - (yx + yy) * patch / 2)
+    source = Image.fromarray(_sharpen(np.pad(digit, pad)).astype(np.float32))
+    grey = np.asarray(source.transform((patch, patch), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC))
+    # An edge rises over about one source pixel; this makes it rise over about two pixels of the picture.
+    threshold = rng.uniform(0.4, 0.6)
+    ink = np.clip((grey - threshold) * side / len(digit) / 2 + 0.5, 0, 1)
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """Return the mask with every pixel that touches it."""
+    padded = np.pad(mask, 1)
+    tall = padded[:-2] | padded[1:-1] | padded[2:]
+    return tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:]
+
+
+def _sharpen(digit: np.ndarray) -> np.ndarray:
+    """Deepen a digit's holes and thin places, which at 8 x 8 pixels are grey like the strokes' edges."""
+    padded = np.pad(digit, 1)
+    tall = padded[:-2] + padded[1:-1] + padded[2:]
+    neighbourhood = (tall[:, :-2] + tall[:, 1:-1] + tall[:, 2:]) / 9
+    return 2 * digit - neighbourhood
+
+
+def build(root: str | os.PathLike, settings: Settings, workers: int = 1) -> bool:
+    """Make the data set in a folder, unless it is there already.
+
+    Args:
+        root: new, empty, or a folder that this function made; a half-made set or one of other settings is made anew.
+        settings: what to build. The pictures depend on nothing else.
+        workers: processes that draw.
+
+    Returns:
+        Whether anything was built.
+
+    Raises:
+        InputError: the folder holds something that this function did not make, or cannot be written.
+    """
+    root = Path(root)
+    files = {f"{split}/{name}/{i:05d}.png" for split, name, i in _pictures(settings)}
+    try:
+        if root.is_dir() and any(root.iterdir()):
+            made, complete = _read_marker(root)
+            if complete and made == settings and all((root / file).is_file() for file in files):
+                return False
+            _remove_made(root, made)
+        root.mkdir(parents=True, exist_ok=True)
+        _write_marker(root, settings, complete=False)
+        jobs = [(root, settings, split, label) for split in SPLITS for label in range(len(CLASSES))]
+        if workers > 1:
+            with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
+                list(pool.map(_write_class, *zip(*jobs, strict=True)))
+        else:
+            for job in jobs:
+                _write_class(*job)
+        _write_marker(root, settings, complete=True)
+    except OSError as error:
+        raise InputError(f"cannot write the demo data to '{root}': {error.strerror or error}") from None
+    return True
+
+
+def _pictures(settings: Settings) -> list[tuple[str, str, int]]:
+    """Return (split, class name, number) of every picture in the set."""
+    counts = {"train": settings.train_per_class, "val": settings.val_per_class}
+    return [(split, name, i) for split in SPLITS for name in CLASSES for i in range(counts[split])]
+
+
+def _write_class(root: Path, settings: Settings, split: str, label: int) -> None:
+    digits = source_digits(settings.seed)[split][label]
+    folder = root / split / CLASSES[label]
+    folder.mkdir(parents=True, exist_ok=True)
+    count = settings.train_per_class if split == "train" else settings.val_per_class
+    for i in range(count):
+        rng = np.random.default_rng([settings.seed, SPLITS.index(split), label, i])
+        scene = draw_scene(rng, [(label, digits[i % len(digits)])], (settings.image_size, settings.image_size))
+        Image.fromarray(scene.image).save(folder / f"{i:05d}.png", compress_level=3)
+
+
+def _read_marker(root: Path) -> tuple[Settings, bool]:
+    """Return what was built in a folder, and whether it was finished."""
+    try:
+        marker = json.loads((root / MARKER).read_text())
+        return Settings(**marker["settings"]), marker["complete"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"'{root}' holds files but no demo data: name a new or an empty folder") from None
+
+
+def _write_marker(root: Path, settings: Settings, complete: bool) -> None:
+    # Renamed into place, so that a marker is never half written.
+    half = root / f"{MARKER}.tmp"
+    half.write_text(json.dumps({"settings": asdict(settings), "complete": complete}, indent=2) + "\n")
+    half.replace(root / MARKER)
+
+
+def _remove_made(root: Path, made: Settings) -> None:
+    """Remove a set's pictures, after a look whether there is anything else beside them."""
+    names = {f"{split}/{name}/{i:05d}.png" for split, name, i in _pictures(made)} | {MARKER, f"{MARKER}.tmp"}
+    folders = {str(parent) for name in names for parent in Path(name).parents}
+    files = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink() or name not in (folders if path.is_dir() else names):
+            raise InputError(f"'{path}' is not part of the demo data in '{root}': move it away, or name another folder")
+        if not path.is_dir() and path.parent != root:
+            files.append(path)
+    for file in files:
+        file.unlink()
+
+
+def save_picture(path: str | os.PathLike, size: int = 448, seed: int = 6) -> None:
+    """Draw a scene with several digits and save it, in the format that the file's suffix names.
+
+    The repository's `classification/visualization/demo.JPEG` is one; in `classification/`:
+
+        python -c "from litvit.demo_data import save_picture; save_picture('visualization/demo.JPEG')"
+
+    Args:
+        path: of the picture.
+        size: its height and width in pixels.
+        seed: which scene.
+    """
+    rng = np.random.default_rng(seed)
+    digits = source_digits(seed)["val"]
+    labels = rng.choice(len(CLASSES), size=6, replace=False)
+    scene = draw_scene(rng, [(int(label), rng.choice(digits[label])) for label in labels], (size, size), (0.2, 0.4))
+    Image.fromarray(scene.image).save(path, quality=90)
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[str, Settings, int]:
+    defaults = Settings()
+    parser = cli.ArgumentParser(
+        prog="python -m litvit.demo_data",
+        description="Build a small image set, handwritten digits in drawn scenes, without any download.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="new, empty, or made by this command before")
+    parser.add_argument("--task", choices=[defaults.task], default=defaults.task, help="layout: ImageNet's folders")
+    parser.add_argument("--train-per-class", type=int, default=defaults.train_per_class, metavar="N")
+    parser.add_argument("--val-per-class", type=int, default=defaults.val_per_class, metavar="N")
+    parser.add_argument("--image-size", type=int, default=defaults.image_size, metavar="PIXELS")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "-j", "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that draw"
+    )
+    args = parser.parse_args(argv)
+    least = {"train_per_class": 1, "val_per_class": 1, "image_size": MIN_IMAGE_SIZE, "seed": 0, "workers": 1}
+    for name, minimum in least.items():
+        if getattr(args, name) < minimum:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least {minimum}")
+    settings = Settings(args.train_per_class, args.val_per_class, args.image_size, args.seed, args.task)
+    return args.folder, settings, args.workers
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Build the demo data (`python -m litvit.demo_data --help`)."""
+    folder, settings, workers = _parse(argv)
+    start = time.perf_counter()
+    built = build(folder, settings, workers)
+    took = f"built in {time.perf_counter() - start:.1f} s" if built else "already there"
+    train, val = (count * len(CLASSES) for count in (settings.train_per_class, settings.val_per_class))
+    print(f"demo data: {train} training and {val} validation pictures in {folder} ({took})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,128 @@
+"""Deformable convolution of channels-last tokens whose kernel size is its stride.
+
+Shape letters: B images, (H, W) tokens in, (h, w) = (H // k, W // k) tokens out, C channels in, O channels out, k kernel
+size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def deform_conv_tokens(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Deformable convolution with stride = kernel size and no padding (LIT, section 3.3).
+
+    Tap (ky, kx) of output (i, j) reads the input at (k*i + ky + dy, k*j + kx + dx) by bilinear interpolation; what lies
+    outside the map counts as 0. The result is that of `torchvision.ops.deform_conv2d`. A bilinear read of channels-last
+    tokens is a weighted sum of four rows, which is an embedding bag; the rest is one matrix product.
+
+    Coordinates are computed in float32 or better whatever the type of the tokens: a bfloat16 column above 256 has no
+    fraction left.
+
+    Args:
+        x: tokens, (B, H, W, C). An odd last row or column gets no tap of its own, as in a strided convolution.
+        offset: (B, h, w, 2*k*k), in pixels: (dy, dx) of the taps in reading order. Any size of offset is safe; NaN gives
+            NaN.
+        weight: (O, C, k, k).
+        bias: (O,) or None.
+
+    Returns:
+        Tokens, (B, h, w, O).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_shapes(x, offset, weight, bias)
+    taps = sample_taps(x, offset, weight.shape[-1])
+    return F.linear(taps, weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+
+def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
+    """Read the k*k taps of every output token bilinearly.
+
+    Args:
+        x: tokens, (B, H, W, C).
+        offset: (B, h, w, 2*k*k), in pixels, see `deform_conv_tokens`.
+        k: kernel size and stride.
+
+    Returns:
+        (B, h, w, k*k*C), the taps in reading order.
+    """
+    if min(x.shape[1:3]) == 1:
+        # Every read takes two rows and two columns.
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+    B, H, W, C = x.shape
+    dtype = torch.promote_types(torch.promote_types(x.dtype, offset.dtype), torch.float32)
+    index, weight = _BilinearCorners.apply(offset.to(dtype), H, W, k)
+    taps = F.embedding_bag(index, x.reshape(B * H * W, C), per_sample_weights=weight.to(x.dtype), mode="sum")
+    return taps.view(*offset.shape[:3], k * k * C)
+
+
+class _BilinearCorners(torch.autograd.Function):
+    """The four corners of every bilinear read: which tokens, with what weights.
+
+    The weight of a grid point at distance r is max(0, 1 - |r|) on each axis, and the two points of an axis are the last
+    two inside the map where the position lies beyond: then every index is valid and what lies outside weighs 0.
+    The derivative is written out because the one of max and |r| is 0 at whole positions, where training starts; here it
+    is the one from the right, as in torchvision.
+    """
+
+    @staticmethod
+    def forward(ctx, offset: Tensor, H: int, W: int, k: int) -> tuple[Tensor, Tensor]:
+        B, h, w, _ = offset.shape
+        like = {"dtype": offset.dtype, "device": offset.device}
+        rows = torch.arange(h * k, **like).view(h, 1, k, 1, 1)
+        columns = torch.arange(w * k, **like).view(1, w, 1, k, 1)
+        grid = torch.cat((rows.expand(h, w, k, k, 1), columns.expand(h, w, k, k, 1)), dim=-1)
+        position = offset.reshape(B, h, w, k, k, 2) + grid
+        # Integers are clamped, not coordinates: NaN and infinity convert to any integer, and weigh NaN and 0 from there.
+        low = position.floor().int()
+        low[..., 0].clamp_(0, H - 2)
+        low[..., 1].clamp_(0, W - 2)
+        # (B, h, w, k, k, axis, corner)
+        distance = (position - low).unsqueeze(-1) - torch.arange(2, **like)
+        axis_weight = (1 - distance.abs()).clamp_(min=0)
+        weight = axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]
+
+        # 32 bits are quicker to sort than 64 and count 2**31 tokens.
+        integers = {"dtype": torch.int32, "device": offset.device}
+        first = (torch.arange(B, **integers).view(B, 1, 1, 1, 1) * H + low[..., 0]) * W + low[..., 1]
+        corner = torch.arange(2, **integers)
+        index = first.reshape(-1, 1) + (corner.view(2, 1) * W + corner).view(4)
+        ctx.save_for_backward(distance, axis_weight)
+        ctx.mark_non_differentiable(index)
+        return index, weight.reshape(-1, 4)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, grad: Tensor) -> tuple[Tensor | None, ...]:
+        distance, axis_weight = ctx.saved_tensors
+        cell = distance.floor()
+        slope = torch.where(cell == 0, -1.0, (cell == -1).to(cell.dtype))
+        grad = grad.view_as(axis_weight)
+        y_slope, x_slope = slope.unbind(-2)
+        y_weight, x_weight = axis_weight.unbind(-2)
+        along_x = grad[..., 0] * x_weight[..., :1] + grad[..., 1] * x_weight[..., 1:]
+        along_y = grad[..., 0, :] * y_weight[..., :1] + grad[..., 1, :] * y_weight[..., 1:]
+        y_grad = along_x[..., 0] * y_slope[..., 0] + along_x[..., 1] * y_slope[..., 1]
+        x_grad = along_y[..., 0] * x_slope[..., 0] + along_y[..., 1] * x_slope[..., 1]
+        return torch.stack((y_grad, x_grad), dim=-1).flatten(3), None, None, None
+
+
+def _check_shapes(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x must be channels-last tokens (B, H, W, C), got shape {tuple(x.shape)}")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must be (O, C, k, k), got shape {tuple(weight.shape)}")
+    B, H, W, C = x.shape
+    if weight.shape[1] != C:
+        raise ValueError(f"x has {C} channels, weight {tuple(weight.shape)} expects {weight.shape[1]}")
+    k = weight.shape[-1]
+    if k > H or k > W:
+        raise ValueError(f"the map of {H} x {W} tokens is smaller than the {k} x {k} kernel")
+    expected = (B, H // k, W // k, 2 * k * k)
+    if offset.shape != expected:
+        raise ValueError(f"offset must be (B, H//k, W//k, 2*k*k) = {expected}, got {tuple(offset.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -1,0 +1,45 @@
+"""Deformable token merging, the downsampling of LIT: tokens of an object merge, wherever they lie."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litvit.dtm.deform_conv import deform_conv_tokens
+
+
+class DeformableTokenMerging(nn.Module):
+    """Merge 2 x 2 tokens with learned offsets: DTM(X) = GELU(BatchNorm(DeformConv(X))) (LIT, equations 3 to 5).
+
+    Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. Offsets start at 0, where
+    the module is an ordinary strided convolution. Train `offset.weight` and `offset.bias` at a small learning rate (LIT:
+    0.01 of the rest).
+
+    Args:
+        in_dim: channels of the tokens that are merged.
+        out_dim: channels of the merged tokens.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(in_dim, 8, kernel_size=2, stride=2)
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size=2, stride=2)
+        self.norm = nn.BatchNorm2d(out_dim)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor, return_offset: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Merge tokens.
+
+        Args:
+            x: tokens, (B, H, W, in_dim). An odd last row or column is dropped, pad before if it matters.
+            return_offset: also return the offsets.
+
+        Returns:
+            Tokens (B, H//2, W//2, out_dim); with `return_offset` also the offsets (B, H//2, W//2, 8) in pixels of the
+            input map, (dy, dx) for the taps (0, 0), (0, 1), (1, 0), (1, 1).
+        """
+        # Seen as (B, C, H, W) in torch's channels_last memory format, tokens need no copy.
+        offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        merged = deform_conv_tokens(x, offset, self.conv.weight, self.conv.bias)
+        merged = self.norm(merged.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        merged = F.gelu(merged)
+        return (merged, offset) if return_offset else merged

@@ -1,0 +1,532 @@
+"""LIT: "Less is More: Pay Less Attention in Vision Transformers" (Pan et al., AAAI 2022, arXiv:2105.14217).
+
+Four stages at strides 4, 8, 16 and 32. The first two hold MLP blocks only, the last two hold transformer blocks with
+attention over all tokens; between stages deformable token merging joins 2 x 2 tokens (section 3).
+
+Shape letters: B images, (H, W) image or map size, (h, w) map size after merging, C channels, N = h*w tokens (one more
+with a class token). Tokens stay channels-last, (B, H, W, C), from the patch embedding on.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from litvit.checkpoints import adapt_state_dict, resize_position_table, resize_relative_table, to_own_names
+from litvit.dtm import DeformableTokenMerging
+from litvit.errors import InputError
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into 4 x 4 patches: (B, in_chans, H, W) -> (B, H/4, W/4, dim)."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens, with a relative position bias if the map's size is given.
+
+    Args:
+        dim: channels.
+        num_heads: heads.
+        table_size: (h, w) of the map that the relative position table belongs to, None for no bias.
+    """
+
+    def __init__(self, dim: int, num_heads: int, table_size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = None
+        if table_size is not None:
+            h, w = table_size
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(num_heads, 2 * h - 1, 2 * w - 1))
+            trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def relative_position_bias(self, grid: tuple[int, int]) -> Tensor:
+        """Write out the bias of query i and key j, table[yi - yj + h - 1, xi - xj + w - 1], for a map of (h, w) tokens.
+
+        Returns:
+            (1, heads, N, N).
+        """
+        h, w = grid
+        table = resize_relative_table(self.relative_position_bias_table, grid)
+        # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
+        windows = table.unfold(1, h, 1).unfold(2, w, 1)
+        return windows.flip(3, 4).reshape(1, self.num_heads, h * w, h * w)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = None
+        if self.relative_position_bias_table is not None:
+            bias = self.relative_position_bias(grid).to(q.dtype)
+        if bias is not None and torch.is_grad_enabled() and x.device.type == "cpu":
+            # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower than this.
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            x = scores.add_(bias).softmax(-1) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class Block(nn.Module):
+    """A transformer block, or without heads an MLP block (LIT, section 3.2): tokens (B, N, C) of a (h, w) grid."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        table_size: tuple[int, int] | None,
+        drop_path: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.attn = None
+        if num_heads:
+            self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+            self.attn = Attention(dim, num_heads, table_size)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x), grid))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Merging (but in the first stage), the absolute position if there is one, and blocks.
+
+    Args:
+        in_dim: channels of the tokens that come in, None for the first stage, which does not merge.
+        dim: channels.
+        grid: (h, w) of the map at the image size that the model is built for.
+        num_heads: heads of the blocks, 0 for MLP blocks.
+        mlp_ratio: hidden width of the MLPs over `dim`.
+        position: "absolute" or "relative".
+        drop_paths: a stochastic depth rate a block.
+        norm_eps: of the LayerNorms.
+    """
+
+    def __init__(
+        self,
+        in_dim: int | None,
+        dim: int,
+        grid: tuple[int, int],
+        num_heads: int,
+        mlp_ratio: float,
+        position: str,
+        drop_paths: list[float],
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = None if in_dim is None else DeformableTokenMerging(in_dim, dim)
+        self.pos_embed = None
+        if position == "absolute":
+            self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
+            trunc_normal_(self.pos_embed, std=0.02)
+        table_size = grid if position == "relative" else None
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, table_size, drop_path, norm_eps) for drop_path in drop_paths
+        )
+
+    def forward(self, x: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """(B, H, W, in_dim) -> (B, h, w, dim); with a class token (1, 1, dim), which joins in front, (B, 1 + N, dim)."""
+        if self.downsample is not None:
+            x = self.downsample(_pad(x, 2))
+        B, h, w, C = x.shape
+        if self.pos_embed is not None:
+            x = x + resize_position_table(self.pos_embed, (h, w))
+        x = x.reshape(B, h * w, C)
+        if class_token is not None:
+            x = torch.cat((class_token.expand(B, -1, -1).to(x.dtype), x), dim=1)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, (h, w), use_reentrant=False)
+            else:
+                x = block(x, (h, w))
+        return x if class_token is not None else x.view(B, h, w, C)
+
+
+class LIT(nn.Module):
+    """Less attention vision transformer, as classifier or dense backbone, with the interface of timm's models.
+
+    Classification takes images of `img_size` only. Dense use (`forward_intermediates`, `features_only=True`) takes any
+    size from 32 up: images and maps are padded right and below with zeros where a stride does not divide them, so the
+    map at stride s is ceil(size / s), and position tables are resized. Dense maps have no class token.
+
+    Args:
+        img_size: image size in pixels, an int or (H, W), multiples of 32; position tables belong to it.
+        in_chans: image channels.
+        num_classes: classes, 0 for no classifier.
+        global_pool: "token" (needs class_token), "avg" (mean of the tokens after the last norm), "" for none.
+        dims: channels of the four stages.
+        depths: blocks of the four stages.
+        num_heads: heads of the four stages, 0 for stages of MLP blocks.
+        mlp_ratios: hidden width of the MLPs over the channels, a stage each.
+        position: "absolute" (a learned table added at the start of every stage) or "relative" (a learned bias a head in
+            every attention block).
+        class_token: a class token joins before the last stage.
+        norm_eps: of the LayerNorms (the patch embedding's has 1e-5 always).
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        out_norms: indices of stages whose dense output gets a LayerNorm of its own; the next stage reads it without.
+
+    Raises:
+        InputError: an img_size, global_pool or out_norms that does not fit.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        num_heads: tuple[int, ...] = (0, 0, 12, 24),
+        mlp_ratios: tuple[float, ...] = (4, 4, 4, 4),
+        position: str = "relative",
+        class_token: bool = False,
+        norm_eps: float = 1e-5,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.img_size = to_2tuple(img_size)
+        if any(side < 32 or side % 32 for side in self.img_size):
+            raise InputError(f"img_size must be a multiple of 32 in both directions, got {self.img_size}")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_prefix_tokens = int(class_token)
+        self.output_fmt = "NLC" if class_token else "NHWC"
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self._set_global_pool(global_pool)
+
+        self.patch_embed = PatchEmbed(in_chans, dims[0])
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.ModuleList(
+            Stage(
+                in_dim=dims[i - 1] if i else None,
+                dim=dims[i],
+                grid=tuple(side // (4 * 2**i) for side in self.img_size),
+                num_heads=num_heads[i],
+                mlp_ratio=mlp_ratios[i],
+                position=position,
+                drop_paths=drop_paths[i],
+                norm_eps=norm_eps,
+            )
+            for i in range(len(dims))
+        )
+        self.cls_token = self.cls_pos_embed = None
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1]))
+            self.cls_pos_embed = nn.Parameter(torch.zeros(1, 1, dims[-1]))
+            trunc_normal_(self.cls_token, std=0.02)
+            trunc_normal_(self.cls_pos_embed, std=0.02)
+        self.norm = nn.LayerNorm(dims[-1], eps=norm_eps)
+        if not set(out_norms) <= set(range(len(dims))):
+            raise InputError(f"out_norms must be stages from 0 to {len(dims) - 1}, got {tuple(out_norms)}")
+        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], eps=norm_eps) for i in out_norms})
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+
+        self.apply(_init_linear)
+        self._register_load_state_dict_pre_hook(adapt_state_dict, with_module=True)
+
+    def _set_global_pool(self, global_pool: str) -> None:
+        choices = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
+        if global_pool not in choices:
+            raise InputError(f"global_pool must be one of {', '.join(map(repr, choices))}, got {global_pool!r}")
+        self.global_pool = global_pool
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone beside biases and norms, as published."""
+        names = [name for name, _ in self.named_parameters()]
+        return {name for name in names if name == "cls_token" or name.endswith("relative_position_bias_table")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that put the parameters in order of depth, for layer-wise learning rates."""
+        last = len(self.stages) - 1
+        if coarse:
+            return {"stem": r"^patch_embed", "blocks": [(r"^stages\.(\d+)", None), (r"^cls_", (last,))]}
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [
+                (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
+                (r"^cls_", (last, 0)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^(?:norm|out_norms)\.", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier, an `nn.Identity` if there is none."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a fresh classifier on the model.
+
+        Args:
+            num_classes: classes, 0 for no classifier.
+            global_pool: a new pooling, None to keep it.
+        """
+        if global_pool is not None:
+            self._set_global_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes:
+            like = self.patch_embed.proj.weight
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            _init_linear(self.head)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the dense outputs `indices` do not need: later stages, class token, last norm and classifier.
+
+        Args:
+            indices: the stages wanted; an int for the last n.
+            prune_norm: drop the last norm.
+            prune_head: drop the classifier, and the class token with it.
+
+        Returns:
+            The indices of the stages wanted, counted from the first.
+        """
+        taken, last = feature_take_indices(len(self.stages), indices)
+        prune_end = last < len(self.stages) - 1
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: last + 1]
+        self.out_norms = nn.ModuleDict({i: norm for i, norm in self.out_norms.items() if int(i) in taken})
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or prune_end:
+            self.cls_token = self.cls_pos_embed = None
+            self.num_prefix_tokens = 0
+            self.output_fmt = "NHWC"
+            self.reset_classifier(0, "")
+        return taken
+
+    def _class_token(self) -> Tensor | None:
+        return None if self.cls_token is None else self.cls_token + self.cls_pos_embed
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps at the end of stages, for images of any size from 32 up.
+
+        Args:
+            x: images, (B, in_chans, H, W).
+            indices: the stages wanted; an int for the last n, None for all.
+            norm: put the last norm on the last stage's map, if it has no norm of its own.
+            stop_early: do not run stages after the last one wanted.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the maps alone.
+
+        Returns:
+            The maps, (B, C, h, w) or (B, h, w, C), or (final tokens, maps). The final tokens are those of
+            `forward_features`; the maps are dense ones, without class token, so where both are wanted of a model with
+            class token the last stage runs twice. After an early stop the final tokens are the last stage's that ran.
+
+        Raises:
+            InputError: an image smaller than 32 pixels, an unknown output_fmt.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        if min(x.shape[-2:]) < 32:
+            raise InputError(f"images must have 32 pixels or more in both directions, got {tuple(x.shape[-2:])}")
+        taken, last = feature_take_indices(len(self.stages), indices)
+        stop = last + 1 if stop_early or intermediates_only else len(self.stages)
+        has_last_stage = stop == len(self.feature_info)
+
+        maps = []
+        x = self.patch_embed(_pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2))
+        for i, stage in enumerate(self.stages[:stop]):
+            stage_input, x = x, stage(x)
+            if i not in taken:
+                continue
+            out = x
+            if str(i) in self.out_norms:
+                out = self.out_norms[str(i)](x)
+            elif norm and i == len(self.feature_info) - 1:
+                out = self.norm(x)
+            maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
+        if intermediates_only:
+            return maps
+        if has_last_stage:
+            if self.cls_token is not None:
+                x = self.stages[-1](stage_input, self._class_token())
+            x = self.norm(x)
+        return x, maps
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens after the last norm.
+
+        Args:
+            x: images of `img_size`, (B, in_chans, H, W).
+
+        Returns:
+            (B, H/32, W/32, C); with a class token, which comes first, (B, 1 + N, C).
+
+        Raises:
+            InputError: images of another size.
+        """
+        if tuple(x.shape[-2:]) != self.img_size:
+            height, width = x.shape[-2:]
+            raise InputError(
+                f"the model was built for images of {self.img_size[0]} x {self.img_size[1]} pixels, got {height} x "
+                f"{width}: resize them, or build it with img_size=({height}, {width})"
+            )
+        x = self.patch_embed(x)
+        for stage in self.stages[:-1]:
+            x = stage(x)
+        return self.norm(self.stages[-1](x, self._class_token()))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the tokens of `forward_features` and classify them.
+
+        Args:
+            x: tokens, (B, H/32, W/32, C) or (B, 1 + N, C).
+            pre_logits: return what the classifier would get, (B, C).
+
+        Returns:
+            Logits, (B, num_classes). Without pooling, a prediction a token.
+        """
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(1) if x.dim() == 3 else x.mean((1, 2))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images of `img_size`: (B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+class LITFeatures(FeatureGetterNet):
+    """What `features_only=True` builds: dense maps of a LIT, which loads the checkpoints that LIT loads."""
+
+    def __init__(self, model: LIT, *args, **kwargs) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._register_load_state_dict_pre_hook(self._name_as_wrapped)
+
+    @staticmethod
+    def _name_as_wrapped(state_dict: dict, prefix: str, *_) -> None:
+        names = [name for name in state_dict if name.startswith(prefix)]
+        if not any(name.startswith(f"{prefix}model.") for name in names):
+            for name in names:
+                state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+
+
+def _pad(x: Tensor, multiple: int) -> Tensor:
+    """Pad (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
+    # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
+    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _cfg() -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 224 / 256,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs({"lit_ti": _cfg(), "lit_s": _cfg(), "lit_m": _cfg(), "lit_b": _cfg()})
+
+
+def _create(variant: str, pretrained: bool, config: dict, **kwargs) -> LIT | LITFeatures:
+    return build_model_with_cfg(
+        LIT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=lambda state_dict, _: to_own_names(state_dict),
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": LITFeatures},
+        **(config | kwargs),
+    )
+
+
+@register_model
+def lit_ti(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+    """LIT-Ti: class token, absolute position; 19.9 M parameters, 3.6 G multiply-adds at 224."""
+    config = {
+        "dims": (64, 128, 320, 512),
+        "depths": (3, 4, 6, 3),
+        "num_heads": (0, 0, 5, 8),
+        "mlp_ratios": (8, 8, 4, 4),
+        "position": "absolute",
+        "class_token": True,
+        "global_pool": "token",
+        "norm_eps": 1e-6,
+    }
+    return _create("lit_ti", pretrained, config, **kwargs)
+
+
+@register_model
+def lit_s(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+    """LIT-S: relative position, mean pooling; 28.0 M parameters, 4.1 G multiply-adds at 224."""
+    config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "num_heads": (0, 0, 12, 24)}
+    return _create("lit_s", pretrained, config, **kwargs)
+
+
+@register_model
+def lit_m(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+    """LIT-M: LIT-S with 18 blocks in stage 3; 49.4 M parameters, 8.6 G multiply-adds at 224."""
+    config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 12, 24)}
+    return _create("lit_m", pretrained, config, **kwargs)
+
+
+@register_model
+def lit_b(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+    """LIT-B: LIT-M with wider stages; 87.3 M parameters, 15.0 G multiply-adds at 224."""
+    config = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
+    return _create("lit_b", pretrained, config, **kwargs)

@@ -1,0 +1,1 @@
+"""Training and evaluation of image classifiers: recipe, data, optimizer, loop, run folder."""

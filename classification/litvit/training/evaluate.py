@@ -1,0 +1,55 @@
+"""Accuracy of a classifier on a data set."""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from timm.data import RealLabelsImagenet
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from torch import nn
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    *,
+    distributed: bool = False,
+    real_labels: RealLabelsImagenet | None = None,
+) -> dict[str, float]:
+    """Evaluate a classifier in eval mode; its mode is put back.
+
+    Args:
+        model: images (B, C, H, W) to logits (B, num_classes).
+        loader: batches of images and classes, e.g. `eval_loader`'s.
+        device: where the counts are kept.
+        autocast: makes the context of mixed precision.
+        distributed: sum the counts over all processes.
+        real_labels: also count by these labels (ImageNet-Real; not with `distributed`).
+
+    Returns:
+        loss (mean cross-entropy), top1 and top5 in percent, images_per_second (over all processes), and real_top1,
+        real_top5 where `real_labels` is given.
+    """
+    was_training = model.training
+    model.eval()
+    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for images, target in loader:
+            with autocast():
+                logits = model(images)
+            evaluator.update(logits, target)
+            if real_labels is not None:
+                real_labels.add_result(logits)
+        metrics = dict(evaluator.compute(distributed))  # reads the counts: waits for the device
+    seconds = time.perf_counter() - start
+    model.train(was_training)
+    processes = torch.distributed.get_world_size() if distributed else 1
+    metrics["images_per_second"] = evaluator.num_samples * processes / seconds
+    if real_labels is not None:
+        accuracy = real_labels.get_accuracy()
+        metrics["real_top1"], metrics["real_top5"] = accuracy[1], accuracy[5]
+    return metrics

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Evaluate a checkpoint: validate.py DATA_DIR --model lit_ti --checkpoint FILE (--help lists the flags)."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timm.data import RealLabelsImagenet, resolve_data_config
+
+from litvit.checkpoints import load_weights
+from litvit.cli import ArgumentParser, model_name, run
+from litvit.errors import InputError
+from litvit.training.data import class_names, eval_loader, open_images, train_classes
+from litvit.training.evaluate import evaluate
+from litvit.training.model import autocast_context, build_model, choose_device
+from litvit.training.recipe import HelpFormatter, add_data_flags, add_model_flags, add_precision_flags
+from litvit.training.state import read_description, replace_file
+
+
+def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; what it leaves open comes from the checkpoint's own description, if it has one."""
+    parser = ArgumentParser(
+        prog="validate.py",
+        usage="%(prog)s DATA_DIR --model NAME --checkpoint FILE [flags]",
+        description="Evaluate a checkpoint: top-1, top-5, loss, images/s. The weights of a run of train.py "
+        "(model_best.safetensors) know their model, image size and normalisation; flags override them.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("data_dir", metavar="DATA_DIR", help="folder with val/ (or a folder of classes itself, as ImageNet-V2's)")
+    add("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pth, last.pth of a run")
+    add("--results-file", metavar="FILE", help="write the result here, as JSON")
+    add("--real-labels", nargs="?", const="", metavar="FILE", help="also count by ImageNet-Real's labels (timm's copy)")
+    add("--device", metavar="NAME", help="cuda, cpu ... (cuda where there is one)")
+    add("--no-test-pool", action="store_true", help="accepted for old commands: there is no test-time pooling here")
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_precision_flags(parser)
+    description = read_description(parser.parse_args(argv).checkpoint)
+    known = ("model", "img_size", "in_chans", "num_classes", "mean", "std", "interpolation", "crop_pct")
+    defaults = {name: description[name] for name in known if name in description}
+    parser.set_defaults(**defaults, model_kwargs=list(description.get("model_kwargs", {}).items()))
+    settings = parser.parse_args(argv)
+    if settings.model is None:
+        raise InputError("which model? --model NAME")
+    model_name(settings.model)
+    settings.model_kwargs = dict(settings.model_kwargs)
+    settings.val_batch_size, settings.seed = None, 0
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the command line says."""
+    settings = parse_settings(argv)
+    device = choose_device(settings.device)
+    images = open_images(
+        settings.data_dir,
+        settings.val_split,
+        settings,
+        or_itself=True,
+        classes=train_classes(settings),
+        num_samples=settings.val_num_samples,
+    )
+    classes = class_names(images)
+    counted = max(classes.values()) + 1 if classes else None
+    num_classes = settings.num_classes or counted
+    if num_classes is None:
+        raise InputError(f"--dataset {settings.dataset} does not say how many classes it has: give --num-classes")
+    if counted and counted != num_classes:
+        raise InputError(
+            f"{settings.data_dir} has {counted} classes, the model {num_classes}: --class-map FILE says which is which"
+        )
+    model = build_model(settings, num_classes)
+    load_weights(model, settings.checkpoint)
+    model.to(device)
+    if settings.torchcompile:
+        model = torch.compile(model, backend=settings.torchcompile)
+    data_config = resolve_data_config(vars(settings), model=model)
+    loader = eval_loader(images, settings, data_config, device)
+    real_labels = (
+        real_imagenet_labels(images.filenames(), settings.real_labels) if settings.real_labels is not None else None
+    )
+
+    metrics = evaluate(model, loader, device, autocast_context(settings, device), real_labels=real_labels)
+    result = {
+        "model": settings.model,
+        "checkpoint": str(settings.checkpoint),
+        "data": str(settings.data_dir),
+        "images": len(images),
+        "num_classes": num_classes,
+        "img_size": data_config["input_size"][-1],
+        "crop_pct": data_config["crop_pct"],
+        "interpolation": data_config["interpolation"],
+        "precision": settings.amp_dtype if settings.amp else "float32",
+        "device": str(device),
+        **{name: round(value, 4) for name, value in metrics.items()},
+    }
+    text = json.dumps(result, indent=2)
+    if settings.results_file:
+        replace_file(Path(settings.results_file), lambda temporary: temporary.write_text(text + "\n"))
+    print(text)
+
+
+def real_imagenet_labels(filenames: list[str], file: str) -> RealLabelsImagenet:
+    """The reassessed labels of ImageNet's validation images (Beyer et al., 2020).
+
+    Args:
+        filenames: of the images, ILSVRC2012_val_<number>.JPEG.
+        file: JSON list of the labels of every image, in order; empty for timm's copy.
+
+    Raises:
+        InputError: no such file, or labels of other images.
+    """
+    try:
+        labels = RealLabelsImagenet(filenames, file or None)
+        missing = next((name for name in filenames if Path(name).name not in labels.real_labels), None)
+    except OSError as error:
+        raise InputError(f"--real-labels {file}: {error.strerror}") from None
+    except json.JSONDecodeError:
+        raise InputError(f"--real-labels {file} is not JSON") from None
+    except AssertionError:
+        missing = "as many images as the folder holds"
+    if missing is not None:
+        raise InputError(f"the real labels are of ImageNet's 50,000 validation images; they lack {missing}")
+    return labels
+
+
+if __name__ == "__main__":
+    run(main)

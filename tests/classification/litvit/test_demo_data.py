@@ -1,0 +1,207 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion
+from sklearn.datasets import load_digits
+
+from litvit import demo_data
+from litvit.demo_data import Settings, build, draw_scene, source_digits
+from litvit.errors import InputError
+
+SMALL = Settings(train_per_class=3, val_per_class=2, image_size=48)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def scenes(count: int = 40, digits: int = 1, size=(64, 64), scale=(0.7, 1.0)):
+    val = source_digits(0)["val"]
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(10, size=digits)
+        yield labels.tolist(), draw_scene(rng, [(int(label), val[label][seed % 30]) for label in labels], size, scale)
+
+
+def test_splits_hold_every_real_digit_once():
+    splits = source_digits(3)
+    data = load_digits()
+    for label in range(10):
+        train, val = splits["train"][label], splits["val"][label]
+        both = np.concatenate([train, val]) * 16
+        assert 0.18 < len(val) / len(both) < 0.22
+        assert sorted(map(bytes, both)) == sorted(map(bytes, data.images[data.target == label]))
+    assert not np.array_equal(source_digits(4)["val"][0], splits["val"][0])
+
+
+def test_image_folder_layout(tmp_path):
+    assert build(tmp_path / "new" / "demo", SMALL)
+    for split, count in (("train", 3), ("val", 2)):
+        classes = sorted((tmp_path / "new" / "demo" / split).iterdir())
+        assert [folder.name for folder in classes] == list("0123456789")
+        assert all(len(list(folder.glob("*.png"))) == count for folder in classes)
+    with Image.open(tmp_path / "new" / "demo" / "train" / "7" / "00002.png") as image:
+        assert (image.size, image.mode) == ((48, 48), "RGB")
+        assert np.asarray(image).std() > 10
+
+
+def test_same_pictures_whatever_the_number_of_processes(tmp_path):
+    build(tmp_path / "one", SMALL, workers=1)
+    build(tmp_path / "three", SMALL, workers=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    build(tmp_path / "other", Settings(3, 2, 48, seed=1))
+    same = contents(tmp_path / "one").items() & contents(tmp_path / "other").items()
+    assert not same
+
+
+def test_complete_set_is_left_alone(tmp_path):
+    build(tmp_path, SMALL)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert not build(tmp_path, SMALL)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_broken_or_other_set_is_built_anew(tmp_path):
+    build(tmp_path, SMALL)
+    whole = contents(tmp_path)
+
+    # As an interrupted build leaves it: the marker says so, a picture is cut short, others are missing.
+    marker = json.loads((tmp_path / demo_data.MARKER).read_text())
+    (tmp_path / demo_data.MARKER).write_text(json.dumps(marker | {"complete": False}))
+    (tmp_path / "train" / "0" / "00001.png").write_bytes(b"\x89PNG")
+    (tmp_path / "val" / "9" / "00000.png").unlink()
+    assert build(tmp_path, SMALL)
+    assert contents(tmp_path) == whole
+
+    (tmp_path / "train" / "3" / "00000.png").unlink()
+    assert build(tmp_path, SMALL)
+    assert contents(tmp_path) == whole
+
+    fewer = Settings(train_per_class=1, val_per_class=1, image_size=48)
+    assert build(tmp_path, fewer)
+    assert len(contents(tmp_path)) == 20 + 1
+
+
+def test_foreign_folders_are_refused_and_kept(tmp_path):
+    (tmp_path / "train" / "0").mkdir(parents=True)
+    (tmp_path / "train" / "0" / "00000.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="no demo data"):
+        build(tmp_path, SMALL)
+    assert contents(tmp_path) == {"train/0/00000.png": b"mine"}
+
+
+def test_foreign_files_in_a_set_are_refused_and_kept(tmp_path):
+    build(tmp_path, SMALL)
+    (tmp_path / "train" / "0" / "cat.jpg").write_bytes(b"mine")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"cat\.jpg' is not part of the demo data"):
+        build(tmp_path, Settings(1, 1, 48))
+    assert contents(tmp_path) == before
+
+
+def test_links_in_a_set_are_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    build(tmp_path / "demo", SMALL)
+    (tmp_path / "demo" / "val").rename(elsewhere)
+    (tmp_path / "demo" / "val").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="not part of the demo data"):
+        build(tmp_path / "demo", Settings(1, 1, 48))
+    assert len(contents(elsewhere)) == 20
+
+
+def test_file_in_place_of_folder(tmp_path):
+    (tmp_path / "demo").write_text("a file")
+    with pytest.raises(InputError, match="cannot write the demo data"):
+        build(tmp_path / "demo", SMALL)
+
+
+def test_boxes_and_masks_are_those_of_the_strokes():
+    for labels, scene in scenes():
+        (thing,) = scene.objects
+        assert thing.label == labels[0]
+        left, top, right, bottom = thing.box
+        ys, xs = np.nonzero(thing.mask)
+        assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (left, top, right, bottom)
+        assert 64 * 0.3 < bottom - top <= 64
+        # A stroke has one colour, but at soft edges and where the ink is faint.
+        core = scene.image[binary_erosion(thing.mask, iterations=2)].astype(int)
+        assert np.quantile(np.abs(core - np.median(core, axis=0)), 0.8) <= 2
+
+
+def test_digits_stand_out_from_what_they_touch():
+    for size, digits, scale in (((64, 64), 1, (0.7, 1.0)), ((160, 200), 4, (0.25, 0.45))):
+        for _, scene in scenes(25, digits, size, scale):
+            luma = scene.image @ demo_data.LUMA / 255
+            # Strokes have soft edges, which are neither stroke nor background.
+            everything = np.any([binary_dilation(thing.mask, iterations=3) for thing in scene.objects], axis=0)
+            for thing in scene.objects:
+                around = binary_dilation(thing.mask, iterations=6) & ~everything
+                assert abs(np.median(luma[thing.mask]) - np.median(luma[around])) > 0.2
+
+
+def test_several_digits_lie_apart():
+    for labels, scene in scenes(20, digits=5, size=(128, 192), scale=(0.3, 0.5)):
+        assert [thing.label for thing in scene.objects] == labels
+        assert np.sum([thing.mask for thing in scene.objects], axis=0).max() == 1
+        assert scene.image.shape == (128, 192, 3)
+        assert scene.background.shape == (128, 192)
+
+
+def test_no_room():
+    digit = source_digits(0)["val"][8][0]
+    with pytest.raises(ValueError, match="no room"):
+        draw_scene(np.random.default_rng(0), [(8, digit)] * 30, (64, 64), (0.9, 0.95))
+
+
+def test_scenes_vary():
+    kinds, heights, centres, colours = set(), [], [], []
+    for _, scene in scenes(60):
+        (thing,) = scene.objects
+        kinds |= set(np.unique(scene.background).tolist())
+        left, top, right, bottom = thing.box
+        heights.append(bottom - top)
+        centres.append(((left + right) / 2, (top + bottom) / 2))
+        colours.append(np.median(scene.image[thing.mask], axis=0))
+    assert kinds == set(range(len(demo_data.BACKGROUNDS)))
+    assert np.std(heights) > 4
+    assert np.std(centres, axis=0).min() > 2
+    assert np.std(colours, axis=0).min() > 40
+
+
+def test_demo_picture_is_the_one_in_the_repository(tmp_path):
+    demo_data.save_picture(tmp_path / "drawn.JPEG")
+    shipped = Path(demo_data.__file__).parents[1] / "visualization" / "demo.JPEG"
+    with Image.open(tmp_path / "drawn.JPEG") as drawn, Image.open(shipped) as kept:
+        assert kept.size == drawn.size == (448, 448)
+        # Versions of the image library may round differently.
+        assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(kept)).mean() < 2
+    assert shipped.stat().st_size < 60_000
+
+
+def test_command_line(tmp_path, capsys):
+    argv = [str(tmp_path / "demo"), "--train-per-class", "2", "--val-per-class", "1", "--image-size", "32", "-j", "1"]
+    demo_data.main(argv)
+    assert "20 training and 10 validation pictures" in capsys.readouterr().out
+    demo_data.main(argv)
+    assert "already there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image-size", "16"], "--image-size is 16, but must be at least 32"),
+        (["--train-per-class", "0"], "--train-per-class is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--image-size", "big"], "invalid int value: 'big'"),
+        (["--task", "pose"], "invalid choice: 'pose'"),
+    ],
+)
+def test_wrong_flags(tmp_path, flags, message):
+    with pytest.raises(InputError) as error:
+        demo_data.main([str(tmp_path / "demo"), *flags])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "demo").exists()

@@ -1,0 +1,262 @@
+"""train.py and distributed_train.sh: what a run leaves behind, how it resumes, and what wrong input says."""
+
+import csv
+import re
+
+import pytest
+import timm
+import torch
+import train
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def finished_run(digits, tmp_path_factory):
+    """Folder of a tiny run of two epochs, and its flags."""
+    folder = tmp_path_factory.mktemp("run")
+    plain = "--img-size 32 -b 20 -j 0 --mixup 0 --cutmix 0 --aug-repeats 0 --reprob 0 --drop-path 0 --no-amp"
+    schedule = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --lr 2e-3 --log-interval 1 --model-ema"
+    tiny = ["--model-kwargs", "dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
+    flags = [str(digits), "--model", "lit_ti", *plain.split(), *schedule.split(), *tiny]
+    train.main([*flags, "--output", str(folder), "--experiment", "tiny"])
+    return folder / "tiny", flags
+
+
+def test_a_run_leaves_settings_checkpoint_best_weights_and_logs(finished_run):
+    folder, _ = finished_run
+    names = {path.name for path in folder.iterdir()}
+    assert {"settings.yaml", "last.pth", "model_best.safetensors", "summary.csv", "train.log", "tensorboard"} <= names
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert settings["model"] == "lit_ti"
+    assert settings["lr"] == 2e-3
+    with open(folder / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    log = (folder / "train.log").read_text()
+    assert re.search(r"epoch 2: update 8/8, loss [\d.]+, lr [\d.e-]+, [\d.]+ images/s, \d:\d\d:\d\d left", log)
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+def test_timm_loads_best_weights_and_full_checkpoint(finished_run):
+    folder, _ = finished_run
+    kwargs = {"num_classes": 10, "img_size": 32, "dims": (16, 32, 40, 64), "depths": (1,) * 4, "mlp_ratios": (2,) * 4}
+    best = timm.create_model("lit_ti", checkpoint_path=folder / "model_best.safetensors", **kwargs)
+    saved = load_file(folder / "model_best.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in best.state_dict().items())
+    # The average was on: timm's loader prefers it, and so did the validation that chose the best weights.
+    last = timm.create_model("lit_ti", checkpoint_path=str(folder / "last.pth"), **kwargs)
+    state = torch.load(folder / "last.pth", weights_only=True)
+    assert torch.equal(last.head.weight, state["state_dict_ema"]["head.weight"])
+    assert not torch.equal(last.head.weight, state["state_dict"]["head.weight"])
+
+
+def test_resume_continues_to_the_weights_of_an_unbroken_run(finished_run, digits, tmp_path, tiny_flags, run_main):
+    folder, flags = finished_run
+    here = ["--output", tmp_path, "--experiment", "broken"]
+    # The schedule is that of two epochs; the run is cut after the first.
+    cut = train.Training(train.parse_settings([*flags, *map(str, here)]))
+    cut.epochs = 1
+    cut.run()
+    outcome = run_main(train, digits, "--resume", tmp_path / "broken")
+    assert outcome.status == 0, outcome.err
+    assert "continuing at epoch 2" in outcome.out
+    whole, resumed = (torch.load(path / "last.pth", weights_only=True) for path in (folder, tmp_path / "broken"))
+    assert resumed["epoch"] == whole["epoch"] == 2
+    for key in ("state_dict", "state_dict_ema"):
+        for name, value in whole[key].items():
+            assert torch.equal(value, resumed[key][name]), name
+    with open(tmp_path / "broken" / "summary.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
+
+
+def test_a_run_is_not_overwritten(finished_run, run_main):
+    folder, flags = finished_run
+    before = (folder / "last.pth").read_bytes()
+    outcome = run_main(train, *flags, "--output", folder.parent, "--experiment", folder.name)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "--resume" in outcome.err
+    assert (folder / "last.pth").read_bytes() == before
+
+
+def test_full_recipe_trains_with_all_its_augmentation(digits, tmp_path, run_main):
+    # lit_ti's own recipe: repeated augmentation, RandAugment, erasing, mixup, cutmix, stochastic depth, fp16 asked for
+    tiny = ["--model-kwargs", "dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
+    flags = ["--model", "lit_ti", "--img-size", 32, "-b", 10, "-j", 1, "--epochs", 1, "--warmup-epochs", 0]
+    outcome = run_main(
+        train,
+        digits,
+        *flags,
+        "--cooldown-epochs",
+        0,
+        "--grad-accum-steps",
+        2,
+        "--clip-grad",
+        1,
+        "--output",
+        tmp_path,
+        *tiny,
+    )
+    assert outcome.status == 0, outcome.err
+    assert "total batch 20, 4 updates an epoch" in outcome.out
+    assert "float16 needs a GPU" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "flags", [["--amp", "--amp-dtype", "bfloat16"], ["--grad-checkpointing"], ["--model", "lit_s"]]
+)
+def test_precision_checkpointing_and_other_lits(digits, tmp_path, tiny_flags, run_main, flags):
+    if "lit_s" in flags:
+        flags = [*flags, "--model-kwargs", "dims=(16,32,48,72)", "depths=(1,1,1,1)"]
+    outcome = run_main(train, digits, *tiny_flags, "--epochs", 1, "--output", tmp_path, "--experiment", "run", *flags)
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "run" / "model_best.safetensors").exists()
+
+
+def test_initial_checkpoint_of_other_classes_gets_a_new_classifier(
+    finished_run, digits_copy, tmp_path, tiny_flags, run_main
+):
+    folder, _ = finished_run
+    for split in ("train", "val"):
+        for image in (digits_copy / split / "9").iterdir():
+            image.unlink()
+        (digits_copy / split / "9").rmdir()
+    weights = folder / "model_best.safetensors"
+    flags = [*tiny_flags, "--initial-checkpoint", weights, "--output", tmp_path, "--experiment", "fine", "--lr", 0]
+    outcome = run_main(train, digits_copy, *flags, "--epochs", 1, "--warmup-lr", 0, "--min-lr", 0)
+    assert outcome.status == 0, outcome.err
+    tuned, start = load_file(tmp_path / "fine" / "model_best.safetensors"), load_file(weights)
+    assert tuned["head.weight"].shape[0] == 9
+    assert torch.equal(tuned["stages.0.blocks.0.mlp.fc1.weight"], start["stages.0.blocks.0.mlp.fc1.weight"])
+
+
+def test_two_processes_see_the_batches_of_one(digits, tmp_path, tiny_flags, run_script):
+    flags = [*tiny_flags, "--output", tmp_path, "--epochs", 3]
+    alone = run_script("train.py", digits, *flags, "--experiment", "one")
+    assert alone.status == 0, alone.err
+    both = run_script("distributed_train.sh", 2, digits, *flags, "-b", 10, "--experiment", "two")
+    assert both.status == 0, both.err
+    assert "2 processes" in both.out
+    losses = []
+    for name in ("one", "two"):
+        with open(tmp_path / name / "summary.csv", newline="") as file:
+            losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def unreadable_image(data):
+    (data / "train" / "3" / "00000.png").write_bytes(b"no image")
+
+
+def extra_class(data):
+    (data / "val" / "cat").mkdir()
+    Image.new("RGB", (32, 32)).save(data / "val" / "cat" / "a.png")
+
+
+def no_val(data):
+    (data / "val").rename(data.parent / "elsewhere")
+
+
+def no_train(data):
+    (data / "train").rename(data.parent / "elsewhere")
+
+
+def no_images(data):
+    for image in data.glob("train/*/*.png"):
+        image.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (unreadable_image, r"cannot read the image .*train/3/00000.png .*mend it or remove it"),
+        (extra_class, r"val has 1 classes that train lacks: cat"),
+        (no_val, r"has neither val/ nor val.tar; it holds .*train"),
+        (no_train, r"has neither train/ nor train.tar; it holds .*val"),
+        (no_images, r"cannot read the train images of .*Found 0 images"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_wrong_data_is_one_line(digits_copy, tmp_path, tiny_flags, run_main, spoil, says, workers):
+    if workers and spoil is not unreadable_image:
+        workers = 0
+    spoil(digits_copy)
+    outcome = run_main(train, digits_copy, *tiny_flags, "-j", workers, "--output", tmp_path / "out")
+    assert outcome.status == 2
+    assert re.fullmatch(rf"error: .*{says}.*\n", outcome.err), outcome.err
+    assert not list((tmp_path / "out").glob("*/*.pth"))
+
+
+def write_code(path):
+    class Code:
+        def __reduce__(self):
+            return (open, (str(path) + ".ran", "w"))
+
+    torch.save({"model": Code()}, path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "lit_tii"], r"unknown model 'lit_tii'; did you mean lit_ti"),
+        (["--img-size", "100"], r"img_size must be a multiple of 32"),
+        (["--lr", "abc"], r"argument --lr: invalid float value: 'abc'"),
+        (["--epoch", "3"], r"unrecognized arguments: --epoch"),
+        (["-b", "0"], r"--batch-size must be at least 1"),
+        (["-b", "500"], r"80 training images do not fill one total batch of 500"),
+        (["-b", "5", "--mixup", "0.8"], r"--batch-size must be even"),
+        (["--opt", "adamww"], r"--opt adamww"),
+        (["--warmup-epochs", "2"], r"leaves nothing of --epochs 2"),
+        (["--num-classes", "3"], r"the data has 10 classes"),
+        (["--device", "cuda:77"], r"--device cuda:77"),
+        (["--dataset", "nothing/here"], r"timm's readers are hfds/NAME"),
+        (["--initial-checkpoint", "{tmp}/none.pth"], r"no checkpoint at"),
+        (["--initial-checkpoint", "{tmp}/short.pth"], r"truncated"),
+        (["--initial-checkpoint", "{tmp}/code.pth"], r"code.*not run"),
+        (["--resume", "{tmp}/none"], r"no run there"),
+        (["--config", "{tmp}/none.yaml"], r"no recipe at .*lit_ti"),
+        (["--config", "{tmp}/unknown.yaml"], r"unknown key 'lerning_rate'"),
+        (["--config", "{tmp}/near.yaml"], r"unknown key 'weight-decay'; did you mean weight_decay"),
+        (["--config", "{tmp}/type.yaml"], r"lr: 'abc' is not float"),
+        (["--config", "{tmp}/broken.yaml"], r"is not YAML"),
+    ],
+)
+def test_wrong_flags_are_one_line(digits, tmp_path, tiny_flags, run_main, flags, says):
+    (tmp_path / "unknown.yaml").write_text("model: lit_ti\nlerning_rate: 1\n")
+    (tmp_path / "near.yaml").write_text("weight-decay: 1\n")
+    (tmp_path / "type.yaml").write_text("lr: abc\n")
+    (tmp_path / "broken.yaml").write_text("lr: [1\n")
+    torch.save({"head.weight": torch.ones(1000)}, tmp_path / "short.pth")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "short.pth").read_bytes()[:800])
+    write_code(tmp_path / "code.pth")
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    outcome = run_main(train, digits, *tiny_flags, "--output", tmp_path / "out", *flags)
+    assert outcome.status == 2
+    assert re.fullmatch(rf"error: .*{says}.*\n", outcome.err), outcome.err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "code.pth.ran").exists()
+
+
+@pytest.mark.parametrize("data", ["none", "empty"])
+def test_missing_and_empty_data_folders(tmp_path, run_main, data):
+    (tmp_path / "empty").mkdir()
+    outcome = run_main(train, tmp_path / data, "--model", "lit_ti")
+    assert outcome.status == 2
+    assert re.fullmatch(rf"error: .*data folder .*{data}.*\n", outcome.err), outcome.err
+
+
+def test_command_lines_end_with_status_2_and_one_line(tmp_path, run_script):
+    for script, arguments in (("train.py", []), ("distributed_train.sh", [2])):
+        outcome = run_script(script, *arguments, tmp_path / "none", "--model", "lit_ti")
+        assert (outcome.status, outcome.out) == (2, "")
+        assert outcome.err == f"error: no data folder {tmp_path / 'none'}\n"
+    assert run_script("distributed_train.sh", "two", tmp_path).status == 2
+
+
+def test_help_fits_two_screens(run_script):
+    outcome = run_script("train.py", "--help")
+    assert outcome.status == 0
+    assert len(outcome.out.splitlines()) <= 100

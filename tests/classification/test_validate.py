@@ -1,0 +1,158 @@
+"""validate.py: its numbers, its JSON, ImageNet-Real and V2 layouts, and what wrong input says."""
+
+import json
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+import validate
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.transforms.functional import normalize, pil_to_tensor
+
+from litvit.training.state import save_weights
+
+KWARGS = {"dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
+MODEL_FLAGS = [
+    "--model",
+    "lit_ti",
+    "--img-size",
+    32,
+    "--crop-pct",
+    1,
+    "--model-kwargs",
+    *(f"{k}={v}" for k, v in KWARGS.items()),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return timm.create_model("lit_ti", num_classes=10, img_size=32, **KWARGS).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tiny, tmp_path_factory):
+    """Weights with a description, as a run of train.py leaves them."""
+    path = tmp_path_factory.mktemp("weights") / "model_best.safetensors"
+    description = {"model": "lit_ti", "img_size": 32, "num_classes": 10, "crop_pct": 1.0, "model_kwargs": KWARGS}
+    save_weights(path, tiny.state_dict(), description)
+    return path
+
+
+def expected(model, folder):
+    """top-1 in percent and mean loss, by plain code."""
+    cfg = model.pretrained_cfg
+    images, target = [], []
+    for path in sorted(folder.rglob("*.png")):
+        images.append(normalize(pil_to_tensor(Image.open(path)) / 255, cfg["mean"], cfg["std"]))
+        target.append(int(path.parent.name))
+    with torch.inference_mode():
+        logits = model(torch.stack(images))
+    target = torch.tensor(target)
+    loss = torch.nn.functional.cross_entropy(logits, target).item()
+    return 100 * (logits.argmax(1) == target).double().mean().item(), loss
+
+
+def test_numbers_are_those_of_plain_code(digits, tiny, weights, tmp_path, run_main):
+    outcome = run_main(
+        validate, digits, "--checkpoint", weights, "-b", 16, "-j", 0, "--results-file", tmp_path / "result.json"
+    )
+    assert outcome.status == 0, outcome.err
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert json.loads(outcome.out) == result
+    top1, loss = expected(tiny, digits / "val")
+    assert result["top1"] == pytest.approx(top1, abs=1e-3)
+    assert result["loss"] == pytest.approx(loss, abs=2e-4)
+    assert result["images"] == 40
+    assert result["images_per_second"] > 0
+    assert (result["model"], result["img_size"], result["num_classes"]) == ("lit_ti", 32, 10)
+
+
+@pytest.mark.parametrize("layout", ["bare", "model", "module", "safetensors"])
+def test_checkpoints_without_description(digits, tiny, weights, tmp_path, run_main, layout):
+    state = tiny.state_dict()
+    path = tmp_path / "weights.pth"
+    if layout == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file(state, path)
+    elif layout == "module":
+        torch.save({"model": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, path)
+    else:
+        torch.save({"model": state} if layout == "model" else state, path)
+    outcome = run_main(validate, digits, "--checkpoint", path, "-j", 0, *MODEL_FLAGS)
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["top1"] == pytest.approx(expected(tiny, digits / "val")[0], abs=1e-3)
+
+
+def test_imagenet_v2_folder_is_numbered_by_name(digits, tiny, weights, tmp_path, run_main):
+    # ImageNet-V2: the folder itself holds 0, 1, 2, ..., 10, 11: in the order of the numbers, not of the letters
+    outcome = run_main(validate, digits / "val", "--checkpoint", weights, "-j", 0)
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["top1"] == pytest.approx(expected(tiny, digits / "val")[0], abs=1e-3)
+
+
+def test_imagenet_real_labels(digits, tiny, weights, tmp_path, run_main):
+    folder = tmp_path / "data" / "val"
+    labels = []
+    for number, path in enumerate(sorted((digits / "val").rglob("*.png"))):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / path.parent.name / f"ILSVRC2012_val_{number + 1:08d}.png")
+        labels.append([] if number == 0 else [int(path.parent.name), (int(path.parent.name) + 1) % 10])
+    (tmp_path / "real.json").write_text(json.dumps(labels))
+    flags = ["--checkpoint", weights, "-j", 0, "--real-labels", tmp_path / "real.json"]
+    outcome = run_main(validate, folder, *flags)
+    assert outcome.status == 2  # the names end with .JPEG in ImageNet
+    assert "real labels are of ImageNet's" in outcome.err
+    for path in folder.rglob("*.png"):
+        path.rename(path.with_suffix(".JPEG"))
+    outcome = run_main(validate, folder, *flags)
+    assert outcome.status == 0, outcome.err
+    images = [normalize(pil_to_tensor(Image.open(path)) / 255, *norm(tiny)) for path in sorted(folder.rglob("*.JPEG"))]
+    with torch.inference_mode():
+        guesses = tiny(torch.stack(images)).argmax(1).tolist()
+    right = [guess in real for guess, real in zip(guesses, labels, strict=True) if real]
+    assert json.loads(outcome.out)["real_top1"] == pytest.approx(100 * sum(right) / 39, abs=1e-3)
+
+
+def norm(model):
+    return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--checkpoint", "{tmp}/none.pth"], "no checkpoint at"),
+        (["--checkpoint", "{tmp}"], "is a folder"),
+        (["--checkpoint", "{tmp}/empty.pth"], "is empty"),
+        (["--checkpoint", "{tmp}/short.safetensors"], "truncated"),
+        (["--checkpoint", "{tmp}/other.pth"], "these are the weights of lit_s"),
+        (["--checkpoint", "{tmp}/classes.pth"], "holds 7 classes, the model has 10"),
+        (["--checkpoint", "{weights}", "--model", "lit_x"], "unknown model 'lit_x'"),
+        (["--checkpoint", "{weights}", "--img-size", "31"], "multiple of 32"),
+        (["--checkpoint", "{weights}", "--num-classes", "12"], "has 10 classes, the model 12"),
+        (["--checkpoint", "{weights}", "--real-labels", "{tmp}/none.json"], "--real-labels .*none.json"),
+        (["--checkpoint", "{weights}", "--real-labels"], "real labels are of ImageNet's 50,000"),
+        (["--checkpoint", "{weights}", "--class-map", "{tmp}/none.txt"], "cannot read the val images"),
+    ],
+)
+def test_wrong_flags_are_one_line(digits, weights, tmp_path, run_main, flags, says):
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "short.safetensors").write_bytes(weights.read_bytes()[:5000])
+    other = timm.create_model("lit_s", num_classes=10)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    classes = timm.create_model("lit_ti", num_classes=7, img_size=32, **KWARGS)
+    torch.save(classes.state_dict(), tmp_path / "classes.pth")
+    flags = [flag.replace("{tmp}", str(tmp_path)).replace("{weights}", str(weights)) for flag in flags]
+    outcome = run_main(validate, digits, "-j", 0, *MODEL_FLAGS, *flags)
+    assert outcome.status == 2
+    assert re.fullmatch(rf"error: .*{says}.*\n", outcome.err), outcome.err
+
+
+def test_an_unreadable_image_is_named(digits_copy, weights, run_main):
+    (digits_copy / "val" / "3" / "00000.png").write_bytes(b"no image")
+    outcome = run_main(validate, digits_copy, "--checkpoint", weights, "-j", 1)
+    assert outcome.status == 2
+    assert re.fullmatch(r"error: cannot read the image .*val/3/00000.png .*\n", outcome.err), outcome.err

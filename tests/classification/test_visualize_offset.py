@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import visualize_offset
+from PIL import Image
+from timm.models import create_model
+from torch import nn
+
+from litvit.errors import InputError
+
+SMALL = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 2)}
+SMALL_FLAGS = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in SMALL.items())]
+
+
+def green_and_red(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.asarray(Image.open(path)).astype(int)
+    return tuple((np.abs(pixels - colour).max(-1) < 30) for colour in (visualize_offset.GREEN, visualize_offset.RED))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a small LIT-S checkpoint, "lit.pth", whose every location lies 8 pixels down, and a grey image."""
+    folder = tmp_path_factory.mktemp("offsets")
+    torch.manual_seed(0)
+    model = create_model("lit_s", num_classes=7, img_size=64, **SMALL)
+    nn.init.constant_(model.stages[2].downsample.offset.bias[::2], 1.0)
+    torch.save({"model": model.state_dict(), "epoch": 3}, folder / "lit.pth")
+    Image.new("RGB", (90, 60), (128, 128, 128)).save(folder / "grey.jpeg")
+    return folder
+
+
+def plot(folder: Path, output: Path, *flags: str) -> Path:
+    image = str(folder / "grey.jpeg")
+    argv = ["--model", "lit_s", "--resume", str(folder / "lit.pth"), "--vis_image", image, "--device", "cpu"]
+    visualize_offset.main([*argv, "--output", str(output), *SMALL_FLAGS, *flags])
+    return output / "grey"
+
+
+def test_plots_show_rectangles_and_locations(folder, tmp_path, capsys):
+    plots = plot(folder, tmp_path, "--img-size", "64", "96")
+    names = {path.name for path in plots.iterdir()}
+    assert names == {f"row{r:02d}_column{c:02d}.png" for r in range(2) for c in range(3)} | {"overview.png"}
+    assert f"6 plots and overview.png in {plots}" in capsys.readouterr().out
+
+    zoom = Image.open(plots / "row00_column01.png").height // 64
+    green, red = green_and_red(plots / "row00_column01.png")
+    assert green.shape == (64 * zoom, 96 * zoom)
+    ys, xs = np.nonzero(green)
+    assert (ys.min(), ys.max() + 1, xs.min(), xs.max() + 1) == (0, 32 * zoom, 32 * zoom, 64 * zoom)
+    # 8 x 8 dots on the centres of the patches, 8 pixels below their own.
+    for y in range(8):
+        for x in range(8):
+            assert red[int((4 * y + 2 + 8) * zoom), int((32 + 4 * x + 2) * zoom)]
+    ys, xs = np.nonzero(red)
+    assert abs((ys.mean() + 0.5) / zoom - 24) < 0.5
+    assert abs((xs.mean() + 0.5) / zoom - 48) < 0.5
+
+
+def test_default_size_is_the_models_and_old_plots_go(folder, tmp_path):
+    plots = plot(folder, tmp_path)
+    assert len(list(plots.iterdir())) == 50
+    (plots / "notes.txt").write_text("mine")
+    plot(folder, tmp_path, "--img-size", "33")
+    assert len(list(plots.glob("row*.png"))) == 4
+    assert (plots / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("grey", "rows_moved"), [(110, -4), (140, 4)])
+def test_the_network_sees_a_normalised_image(folder, tmp_path, grey, rows_moved):
+    # Offsets that are the sign of the first pixels' red, which is negative below ImageNet's mean of 124.
+    model = create_model("lit_s", num_classes=0, img_size=32, **SMALL)
+    with torch.no_grad():
+        for parameter in (*model.patch_embed.proj.parameters(), *model.stages[0].blocks[0].mlp.fc2.parameters()):
+            parameter.zero_()
+        model.patch_embed.proj.weight[0, 0] = 1
+        # Of 8 channels of which one is not 0, LayerNorm makes that one 7 ** 0.5.
+        model.stages[1].downsample.offset.weight[::2, 0] = 7**-0.5 / 4
+    torch.save(model.state_dict(), tmp_path / "sign.pth")
+    Image.new("RGB", (32, 32), (grey,) * 3).save(tmp_path / "grey.png")
+    flags = ["--resume", str(tmp_path / "sign.pth"), "--vis_image", str(tmp_path / "grey.png"), "--img-size", "32"]
+    plots = plot(folder, tmp_path, *flags)
+    _, red = green_and_red(plots / "row00_column00.png")
+    zoom = len(red) // 32
+    for y in range(1, 7):
+        assert red[int((4 * y + 2 + rows_moved) * zoom), int(14 * zoom)]
+    assert red[int(2 * zoom), int(14 * zoom)] == (rows_moved < 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vis_image", "nowhere.png"], "no image at 'nowhere.png'"),
+        (["--vis_image", __file__], "cannot read the image"),
+        (["--model", "lit_x"], "unknown model 'lit_x'"),
+        (["--model", "resnet18", "--model-kwargs"], "no deformable token merging"),
+        (["--model", "lit_ti"], "does not fit"),
+        (["--model-kwargs", "widths=3"], "cannot be built"),
+        (["--resume", "nowhere.pth"], "nowhere.pth"),
+        (["--img-size", "31"], "--img-size is 31, but must be at least 32"),
+        (["--img-size", "64", "64", "3"], "--img-size takes one number or two"),
+        (["--device", "toaster"], "cannot use the device 'toaster'"),
+    ],
+)
+def test_wrong_input_is_one_line(folder, tmp_path, flags, message):
+    with pytest.raises(InputError) as error:
+        plot(folder, tmp_path, *flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_must_be_named():
+    with pytest.raises(InputError, match="--resume"):
+        visualize_offset.main(["--model", "lit_ti"])

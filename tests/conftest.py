@@ -1,0 +1,90 @@
+"""Fixtures that several test files share: a small real data set, a tiny LIT, and command lines run in this process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from litvit import cli
+from litvit.demo_data import Settings, build
+
+CLASSIFICATION = Path(__file__).parents[1] / "classification"
+
+# A LIT-Ti in everything but size: it trains an epoch of the `digits` in a second or two.
+TINY = ["dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave tests that need a GPU to machines that have one."""
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+class Outcome(NamedTuple):
+    """What a command line left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demo data: 10 classes, 80 training and 40 validation images of 32 x 32 pixels. Not to be changed."""
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    build(folder, Settings(train_per_class=8, val_per_class=4, image_size=32))
+    return folder
+
+
+@pytest.fixture
+def digits_copy(digits: Path, tmp_path: Path) -> Path:
+    """A copy of `digits` to be spoilt."""
+    return Path(shutil.copytree(digits, tmp_path / "data"))
+
+
+@pytest.fixture
+def run_main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run a script's `main` with arguments, as its command line would, and return status and output."""
+
+    def run(script: ModuleType, *arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(script.main)
+        captured = capsys.readouterr()
+        return Outcome(exit_.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def run_script() -> Callable[..., Outcome]:
+    """Run a script of `classification/` in a process of its own, with one thread, and return status and output."""
+
+    def run(script: str, *arguments: object, **environment: str) -> Outcome:
+        program = "bash" if script.endswith(".sh") else sys.executable
+        done = subprocess.run(
+            [program, CLASSIFICATION / script, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def tiny_flags() -> list[str]:
+    """Flags of train.py for a tiny LIT-Ti on `digits` at 32 x 32, without the recipe's augmentation."""
+    plain = "--img-size 32 -b 20 -j 0 --mixup 0 --cutmix 0 --aug-repeats 0 --reprob 0 --drop-path 0 --no-amp"
+    schedule = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --lr 2e-3 --log-interval 1"
+    return ["--model", "lit_ti", *plain.split(), *schedule.split(), "--model-kwargs", *TINY]
