@@ -42,7 +42,7 @@ for argument in "$@"; do
     esac
 done
 venv=${venv:-${LIT_VENV:-$root/.venv}}
-[[ $venv == /* ]] || venv=$PWD/$venv
+venv=$(realpath -ms "$venv")
 python=$venv/bin/python
 stamp=$venv/lit-setup.txt
 log=$venv/lit-setup.log
@@ -209,7 +209,7 @@ if [[ -x $python ]] && "$python" -I -c 'import pip' 2>/dev/null; then
         exit 0
     fi
     # Scripts in bin/ name the environment's folder: one that was moved is made anew.
-    if [[ -e $stamp ]] && ! grep -qF " $venv $root" "$stamp" && ! head -n 1 "$venv/bin/pip" | grep -qF "$venv/"; then
+    if [[ -e $stamp ]] && ! grep -qF " $venv $root" "$stamp" && ! grep -qF "$venv/" "$venv/bin/pip"; then
         faults=""
     fi
 else
@@ -223,7 +223,7 @@ if [[ -z $faults ]]; then
     say "making $venv with $("$base" --version)"
     # pyvenv.cfg stays, so that an interruption leaves what the next run knows as an environment.
     mkdir -p "$venv" && touch "$venv/pyvenv.cfg" || die "cannot write to $venv"
-    find "$venv" -mindepth 1 -maxdepth 1 ! -name pyvenv.cfg -exec rm -rf {} +
+    find "$venv/" -mindepth 1 -maxdepth 1 ! -name pyvenv.cfg -exec rm -rf {} +
     "$base" -I -m venv "$venv" || die "could not make $venv with $base"
     : >"$log"
 else
@@ -238,7 +238,7 @@ tools=$(sed -n '/^# what builds/,/^$/s/^\([a-z]*\)==.*/\1/p' "$root/constraints.
 # shellcheck disable=SC2086
 step "build tools" pip install -c "$root/constraints.txt" $tools
 step "torch and classification (a minute or two, 3 GB to fetch)" \
-    pip install --no-compile -c "$root/constraints.txt" --no-build-isolation -e "$root[dev]"
+    pip install -c "$root/constraints.txt" --no-build-isolation -e "$root[dev]"
 imports "torch, torchvision, timm, matplotlib, sklearn, yaml, safetensors, tensorboard, tqdm" ||
     die "the environment does not import: $(tail -n 1 "$log")"
 if [[ $mode == full ]]; then

@@ -163,7 +163,9 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
         optimizer.step()
         optimizer.zero_grad()
 
-    calls = {name: (lambda model=model.eval(): infer(model)) for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    calls = {name: (lambda model=model: infer(model)) for name, model in models.items()}
     inference = interleaved_medians(calls, args.repeats, device)
     calls = {}
     for name, model in models.items():
@@ -191,9 +193,9 @@ def _environment(args: argparse.Namespace) -> str:
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
     amp = f", autocast {args.amp_dtype}" if getattr(args, "amp_dtype", None) else ""
     return (
-        f"{processor}{threads}; torch {torch.__version__}, torchvision {torchvision.__version__}, timm "
-        f"{timm.__version__}, Python {platform.python_version()}; batch {args.batch_size}, {args.dtype}{amp}, medians of "
-        f"{args.repeats}"
+        f"{processor}{threads}; torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"timm {timm.__version__}, Python {platform.python_version()}; "
+        f"batch {args.batch_size}, {args.dtype}{amp}, medians of {args.repeats}"
     )
 
 

@@ -3,8 +3,11 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
 import torch
 from timm.data import RealLabelsImagenet, resolve_data_config

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageOps
 from timm.models import create_model
 from torch import Tensor, nn
@@ -19,7 +18,9 @@ from litvit import cli
 from litvit.analysis.offsets import merging_modules, predict_offsets, sampling_locations
 from litvit.checkpoints import load_weights
 from litvit.errors import InputError
+from litvit.training.model import choose_device
 from litvit.training.recipe import key_value
+from litvit.training.state import read_description
 
 FOLDER = Path(__file__).parent / "visualization"
 STRIDE = 32
@@ -132,7 +133,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "square of a regular grid, the 64 locations as red dots) and an overview of all tokens.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="lit_ti, lit_s, lit_m, lit_b")
+    add("--model", metavar="NAME", help="lit_ti, lit_s, lit_m, lit_b (weights of train.py know theirs)")
     add("--resume", required=True, metavar="FILE", help="checkpoint, any that validate.py takes")
     add(
         "--vis_image",
@@ -147,7 +148,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
     add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="further arguments of the model")
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu ... (cuda where there is one)")
+    description = read_description(parser.parse_args(argv).resume)
+    parser.set_defaults(
+        model=description.get("model"),
+        img_size=[description["img_size"]] if "img_size" in description else None,
+        model_kwargs=list(description.get("model_kwargs", {}).items()),
+    )
     args = parser.parse_args(argv)
+    if args.model is None:
+        raise InputError("which model? --model NAME")
     if args.img_size is not None:
         if len(args.img_size) > 2:
             raise InputError(f"--img-size takes one number or two, height and width, got {len(args.img_size)}")
@@ -157,23 +166,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _on_device(model: nn.Module, name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot use the device '{name}' ({reason}): try --device cpu") from None
-    return device
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Plot offsets (`python visualize_offset.py --help`)."""
     args = _parse(argv)
     start = time.perf_counter()
     image = open_image(args.vis_image)
     model = build_model(args.model, args.resume, args.img_size, dict(args.model_kwargs))
-    device = _on_device(model, args.device)
+    device = choose_device(args.device)
+    model.to(device)
     height, width = args.img_size or model.img_size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     cfg = model.pretrained_cfg

@@ -57,7 +57,7 @@ def predict_offsets(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def sampling_locations(offsets: Sequence[Tensor]) -> Tensor:
-    """Follow the last stage's tokens down through all merging modules to the image (LIT, figure 4).
+    """Follow the last stage's tokens down through all merging modules to the image.
 
     Let O_l(p) be the offsets of merging module l at place p of its output map, bilinear between tokens and constant
     beyond the outermost ones. A place p of that map reads, through tap k of {0, 1}^2, the place

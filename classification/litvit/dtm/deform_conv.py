@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 def deform_conv_tokens(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Deformable convolution with stride = kernel size and no padding (LIT, section 3.3).
+    """Deformable convolution with stride = kernel size and no padding (LIT, "Deformable token merging").
 
     Tap (ky, kx) of output (i, j) reads the input at (k*i + ky + dy, k*j + kx + dx) by bilinear interpolation; what lies
     outside the map counts as 0. The result is that of `torchvision.ops.deform_conv2d`. A bilinear read of channels-last
@@ -22,8 +22,7 @@ def deform_conv_tokens(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor |
 
     Args:
         x: tokens, (B, H, W, C). An odd last row or column gets no tap of its own, as in a strided convolution.
-        offset: (B, h, w, 2*k*k), in pixels: (dy, dx) of the taps in reading order. Any size of offset is safe; NaN gives
-            NaN.
+        offset: (B, h, w, 2*k*k), in pixels: (dy, dx) of the taps in reading order. Any value is safe; NaN gives NaN.
         weight: (O, C, k, k).
         bias: (O,) or None.
 
@@ -54,7 +53,7 @@ def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
         x = F.pad(x, (0, 0, 0, 1, 0, 1))
     B, H, W, C = x.shape
     dtype = torch.promote_types(torch.promote_types(x.dtype, offset.dtype), torch.float32)
-    index, weight = _BilinearCorners.apply(offset.to(dtype), H, W, k)
+    index, weight = _BilinearCorners.apply(offset.to(dtype), (H, W), k)
     taps = F.embedding_bag(index, x.reshape(B * H * W, C), per_sample_weights=weight.to(x.dtype), mode="sum")
     return taps.view(*offset.shape[:3], k * k * C)
 
@@ -69,14 +68,15 @@ class _BilinearCorners(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, offset: Tensor, H: int, W: int, k: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx, offset: Tensor, map_size: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
         B, h, w, _ = offset.shape
+        H, W = map_size
         like = {"dtype": offset.dtype, "device": offset.device}
         rows = torch.arange(h * k, **like).view(h, 1, k, 1, 1)
         columns = torch.arange(w * k, **like).view(1, w, 1, k, 1)
         grid = torch.cat((rows.expand(h, w, k, k, 1), columns.expand(h, w, k, k, 1)), dim=-1)
         position = offset.reshape(B, h, w, k, k, 2) + grid
-        # Integers are clamped, not coordinates: NaN and infinity convert to any integer, and weigh NaN and 0 from there.
+        # Integers are clamped, not coordinates: NaN and infinity convert to any integer, and weigh NaN and 0 there.
         low = position.floor().int()
         low[..., 0].clamp_(0, H - 2)
         low[..., 1].clamp_(0, W - 2)
@@ -107,7 +107,7 @@ class _BilinearCorners(torch.autograd.Function):
         along_y = grad[..., 0, :] * y_weight[..., :1] + grad[..., 1, :] * y_weight[..., 1:]
         y_grad = along_x[..., 0] * y_slope[..., 0] + along_x[..., 1] * y_slope[..., 1]
         x_grad = along_y[..., 0] * x_slope[..., 0] + along_y[..., 1] * x_slope[..., 1]
-        return torch.stack((y_grad, x_grad), dim=-1).flatten(3), None, None, None
+        return torch.stack((y_grad, x_grad), dim=-1).flatten(3), None, None
 
 
 def _check_shapes(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> None:

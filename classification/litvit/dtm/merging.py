@@ -7,11 +7,11 @@ from litvit.dtm.deform_conv import deform_conv_tokens
 
 
 class DeformableTokenMerging(nn.Module):
-    """Merge 2 x 2 tokens with learned offsets: DTM(X) = GELU(BatchNorm(DeformConv(X))) (LIT, equations 3 to 5).
+    """Merge 2 x 2 tokens with learned offsets: DTM(X) = GELU(BatchNorm(DeformConv(X))).
 
     Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. Offsets start at 0, where
-    the module is an ordinary strided convolution. Train `offset.weight` and `offset.bias` at a small learning rate (LIT:
-    0.01 of the rest).
+    the module is an ordinary strided convolution. Train `offset.weight` and `offset.bias` at a small learning rate
+    (LIT: 0.01 of the rest).
 
     Args:
         in_dim: channels of the tokens that are merged.

@@ -1,7 +1,7 @@
 """LIT: "Less is More: Pay Less Attention in Vision Transformers" (Pan et al., AAAI 2022, arXiv:2105.14217).
 
 Four stages at strides 4, 8, 16 and 32. The first two hold MLP blocks only, the last two hold transformer blocks with
-attention over all tokens; between stages deformable token merging joins 2 x 2 tokens (section 3).
+attention over all tokens; between stages deformable token merging joins 2 x 2 tokens.
 
 Shape letters: B images, (H, W) image or map size, (h, w) map size after merging, C channels, N = h*w tokens (one more
 with a class token). Tokens stay channels-last, (B, H, W, C), from the patch embedding on.
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, or without heads an MLP block (LIT, section 3.2): tokens (B, N, C) of a (h, w) grid."""
+    """A transformer block, or without heads an MLP block (LIT, "Block designs"): tokens (B, N, C) of a (h, w) grid."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor, class_token: Tensor | None = None) -> Tensor:
-        """(B, H, W, in_dim) -> (B, h, w, dim); with a class token (1, 1, dim), which joins in front, (B, 1 + N, dim)."""
+        """(B, H, W, in_dim) -> (B, h, w, dim); with a class token (1, 1, dim), which joins in front, (B, N, dim)."""
         if self.downsample is not None:
             x = self.downsample(_pad(x, 2))
         B, h, w, C = x.shape

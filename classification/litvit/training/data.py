@@ -229,7 +229,9 @@ def open_images(
     kwargs = {}
     if settings.dataset:
         if settings.dataset.partition("/")[0].lower() not in READERS:
-            raise InputError(f"--dataset {settings.dataset}: timm's readers are {', '.join(f'{r}/NAME' for r in READERS)}")
+            raise InputError(
+                f"--dataset {settings.dataset}: timm's readers are {', '.join(f'{r}/NAME' for r in READERS)}"
+            )
         place = root
     else:
         place = str(find_split(root, split, or_itself=or_itself))

@@ -1,0 +1,173 @@
+"""Deformable token merging beside nn.Conv2d and torchvision's op."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.ops import deform_conv2d
+
+from litvit.dtm import DeformableTokenMerging, deform_conv_tokens
+
+
+def _tensors(k=2, height=8, width=8, offset_scale=1.0, dtype=torch.float64):
+    torch.manual_seed(0)
+    x = torch.randn(2, height, width, 5, dtype=dtype)
+    offset = offset_scale * torch.randn(2, height // k, width // k, 2 * k * k, dtype=dtype)
+    weight = torch.randn(7, 5, k, k, dtype=dtype)
+    bias = torch.randn(7, dtype=dtype)
+    return [tensor.requires_grad_() for tensor in (x, offset, weight, bias)]
+
+
+def _torchvision(x, offset, weight, bias):
+    k = weight.shape[-1]
+    maps = x.permute(0, 3, 1, 2), offset.permute(0, 3, 1, 2)
+    return deform_conv2d(*maps, weight, bias, stride=k).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("k", "height", "width", "offset_scale"),
+    [(1, 1, 1, 1), (1, 5, 1, 3), (1, 4, 6, 2), (2, 7, 9, 1), (2, 2, 2, 5), (2, 8, 8, 0), (3, 11, 9, 30)],
+)
+def test_equals_torchvision_with_gradients(k, height, width, offset_scale):
+    tensors = _tensors(k, height, width, offset_scale)
+    ours, theirs = deform_conv_tokens(*tensors), _torchvision(*tensors)
+    assert (ours - theirs).abs().max() < 1e-10
+    gradient = torch.randn_like(ours)
+    for mine, other in zip(
+        torch.autograd.grad(ours, tensors, gradient), torch.autograd.grad(theirs, tensors, gradient), strict=True
+    ):
+        assert (mine - other).abs().max() < 1e-10
+
+
+def test_whole_offsets_equal_torchvision_with_gradients():
+    x, offset, weight, bias = _tensors(2, 9, 6, 3)
+    tensors = [x, offset.detach().round().requires_grad_(), weight, bias]
+    ours, theirs = deform_conv_tokens(*tensors), _torchvision(*tensors)
+    assert (ours - theirs).abs().max() < 1e-10
+    mine, other = (torch.autograd.grad(y.square().sum(), tensors[1])[0] for y in (ours, theirs))
+    assert (mine - other).abs().max() < 1e-10
+
+
+def test_gradcheck():
+    assert torch.autograd.gradcheck(deform_conv_tokens, _tensors(2, 5, 6, 1.5))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9)])
+def test_zero_offsets_equal_a_strided_convolution(height, width):
+    x, offset, weight, bias = _tensors(2, height, width, 0)
+    expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1)
+    torch.testing.assert_close(deform_conv_tokens(x, offset, weight, bias), expected, rtol=0, atol=1e-13)
+
+
+def test_non_contiguous_tokens_and_offsets():
+    x, offset, weight, bias = (tensor.detach() for tensor in _tensors())
+    expected = deform_conv_tokens(x, offset, weight, bias)
+    as_maps = (tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for tensor in (x, offset))
+    torch.testing.assert_close(deform_conv_tokens(*as_maps, weight, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_near_float64(dtype):
+    tensors = [tensor.detach().to(dtype) for tensor in _tensors()]
+    expected = deform_conv_tokens(*(tensor.double() for tensor in tensors))
+    y = deform_conv_tokens(*tensors)
+    assert y.dtype == dtype
+    assert (y.double() - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_keeps_the_fraction_of_columns_above_256(autocast):
+    # The tokens' only channel is 0 but at column 301; a read at 300.5 must see half of it.
+    x = torch.zeros(1, 2, 320, 1, dtype=torch.float32 if autocast else torch.bfloat16)
+    x[:, :, 301] = 8
+    offset = torch.zeros(1, 1, 160, 8, dtype=torch.bfloat16)
+    offset[..., 1] = 0.5
+    weight = torch.zeros(1, 1, 2, 2, dtype=x.dtype)
+    weight[..., 0, 0] = 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = deform_conv_tokens(x, offset, weight)
+    assert y.dtype == torch.bfloat16
+    assert y[0, 0, 150, 0] == 4
+    assert y.float().sum() == 4
+
+
+def test_huge_infinite_and_nan_offsets_are_safe():
+    x, _, weight, _ = _tensors(2, 4, 4, dtype=torch.float32)
+    offset = torch.zeros(2, 2, 2, 8)
+    offset[0, 0, 0] = float("nan")
+    offset[0, 0, 1] = 1e30
+    offset[0, 1, 0] = float("inf")
+    offset[0, 1, 1] = -float("inf")
+    offset.requires_grad_()
+    y = deform_conv_tokens(x, offset, weight)
+    assert y[0, 0, 0].isnan().all()
+    assert (y[0].flatten(0, 1)[1:] == 0).all()
+    torch.testing.assert_close(y[1], deform_conv_tokens(x, torch.zeros(2, 2, 2, 8), weight)[1])
+    (gradient,) = torch.autograd.grad(y.sum(), offset)
+    assert (gradient[0].flatten(0, 1)[1:] == 0).all()
+
+
+def test_offset_gradient_at_zero_offsets_lets_training_start():
+    tensors = _tensors(offset_scale=0)
+    (gradient,) = torch.autograd.grad(deform_conv_tokens(*tensors).sum(), tensors[1])
+    assert (gradient[:, :-1, :-1] != 0).all()
+
+
+def test_compiles_without_graph_breaks_at_any_size():
+    compiled = torch.compile(deform_conv_tokens, fullgraph=True, dynamic=True, backend="aot_eager")
+    for height, width in [(8, 6), (5, 12)]:
+        tensors = _tensors(2, height, width)
+        expected, y = deform_conv_tokens(*tensors), compiled(*tensors)
+        torch.testing.assert_close(y, expected)
+        for mine, other in zip(
+            torch.autograd.grad(y.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
+        ):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "shape", "message"),
+    [
+        (0, (2, 8, 8), "channels-last"),
+        (0, (2, 8, 8, 4), "4 channels"),
+        (0, (2, 1, 8, 5), "smaller than"),
+        (1, (2, 4, 4, 4), "offset must be"),
+        (1, (2, 8, 4, 4), "offset must be"),
+        (2, (7, 5, 2, 3), "weight must be"),
+        (3, (5,), "bias must be"),
+    ],
+)
+def test_shapes_that_do_not_fit(changed, shape, message):
+    tensors = _tensors()
+    tensors[changed] = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        deform_conv_tokens(*tensors)
+
+
+def test_module_starts_as_an_ordinary_merge():
+    torch.manual_seed(0)
+    merge = DeformableTokenMerging(6, 10).double()
+    x = torch.randn(3, 7, 8, 6, dtype=torch.float64)
+    tokens, offset = merge(x, return_offset=True)
+    expected = F.gelu(merge.norm(merge.conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+    assert offset.shape == (3, 3, 4, 8)
+    assert (offset == 0).all()
+    torch.testing.assert_close(tokens, expected)
+    torch.testing.assert_close(merge(x), tokens)
+
+
+def test_module_reads_where_its_offsets_say():
+    torch.manual_seed(0)
+    merge = DeformableTokenMerging(6, 10).double().eval()
+    torch.nn.init.normal_(merge.offset.weight)
+    x = torch.randn(2, 8, 8, 6, dtype=torch.float64)
+    tokens, offset = merge(x, return_offset=True)
+    expected = _torchvision(x, merge.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), *merge.conv.parameters())
+    expected = F.gelu(merge.norm(expected.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    assert offset.abs().max() > 1
+    torch.testing.assert_close(tokens, expected)
+
+
+def test_module_converts_to_synchronised_batch_norm():
+    merge = torch.nn.SyncBatchNorm.convert_sync_batchnorm(DeformableTokenMerging(6, 10))
+    assert isinstance(merge.norm, torch.nn.SyncBatchNorm)
+    assert merge.eval()(torch.randn(2, 4, 4, 6)).shape == (2, 2, 2, 10)

@@ -1,0 +1,54 @@
+"""How command lines end: status and one line."""
+
+import pytest
+from torch.utils.data import DataLoader
+
+from litvit import cli
+from litvit.errors import InputError
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, None), (0, 0), (3, 3)])
+def test_the_status_is_what_main_returns(returned, status):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda _: returned)
+    assert exit_.value.code == status
+
+
+def test_wrong_input_is_one_line_and_status_2(capsys):
+    def main(_):
+        cli.ArgumentParser(prog="x.py").parse_args(["--nothing"])
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nothing (x.py --help lists the flags)\n"
+
+
+def test_other_errors_are_not_hidden():
+    def main(_):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(main)
+
+
+class Broken:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise InputError("image 7 is broken")
+
+
+def test_the_error_of_a_loader_process_is_one_line_too():
+    with pytest.raises(InputError) as error:
+        list(DataLoader(Broken(), num_workers=1))
+    assert str(error.value) == "image 7 is broken"
+
+
+def test_unknown_models_suggest_near_ones():
+    assert cli.model_name("lit_b") == "lit_b"
+    with pytest.raises(InputError, match="did you mean swin_tiny"):
+        cli.model_name("swin_tiny_patch4_windw7_224")
+    with pytest.raises(InputError, match="LIT's models: lit_b"):
+        cli.model_name("q")

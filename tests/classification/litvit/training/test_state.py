@@ -1,0 +1,67 @@
+"""Files of a run: replaced whole or not at all, read back without running code."""
+
+import pytest
+import torch
+import yaml
+
+from litvit.errors import InputError
+from litvit.training.state import (
+    load_checkpoint,
+    read_description,
+    replace_file,
+    resumed_folder,
+    save_checkpoint,
+    save_settings,
+    save_weights,
+)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    state = {"optimizer": {"step": 3}, "state_dict": {"w": torch.arange(3.0)}, "description": {"mean": (0.5, 0.5)}}
+    save_checkpoint(tmp_path / "last.pth", state)
+    loaded = load_checkpoint(tmp_path / "last.pth")
+    assert torch.equal(loaded["state_dict"]["w"], torch.arange(3.0))
+    assert loaded["description"]["mean"] == (0.5, 0.5)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, fail)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
+    save_checkpoint(tmp_path / "weights.pth", {"w": torch.ones(3)})
+    (tmp_path / "text.pth").write_text("text")
+    for name, says in (("weights.pth", "not a full checkpoint"), ("text.pth", "no checkpoint, or"), ("none.pth", "at")):
+        with pytest.raises(InputError, match=says) as error:
+            load_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_carry_their_description(tmp_path):
+    save_weights(tmp_path / "w.safetensors", {"w": torch.ones(2, 3).t()}, {"model": "lit_ti", "img_size": 64})
+    assert read_description(tmp_path / "w.safetensors") == {"model": "lit_ti", "img_size": 64}
+    (tmp_path / "broken.safetensors").write_bytes(b"123")
+    assert read_description(tmp_path / "broken.safetensors") == read_description(None) == {}
+
+
+def test_settings_are_a_recipe(tmp_path):
+    save_settings(tmp_path / "settings.yaml", {"model": "lit_ti", "lr": 1e-3, "scale": [0.1, 1.0], "model_kwargs": {}})
+    assert yaml.safe_load((tmp_path / "settings.yaml").read_text())["scale"] == [0.1, 1.0]
+
+
+def test_a_run_is_named_by_folder_or_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="no run there"):
+        resumed_folder(str(tmp_path))
+    (tmp_path / "last.pth").touch()
+    assert resumed_folder(str(tmp_path)) == resumed_folder(str(tmp_path / "last.pth")) == tmp_path
+    with pytest.raises(InputError, match="no run there"):
+        resumed_folder(str(tmp_path / "other.pth"))
