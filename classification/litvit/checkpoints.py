@@ -6,7 +6,9 @@ import pickle
 import pickletools
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +157,38 @@ def _keep_own_classifier(entries: dict[str, Tensor], own: dict[str, Tensor], cla
     return held, wanted
 
 
+def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
+    """Read a checkpoint file with a reader that runs no code, or say in one line why it cannot be read.
+
+    Args:
+        path: the file.
+        read: takes the path; torch.load with weights_only=True, or safetensors.
+
+    Returns:
+        What `read` returns.
+
+    Raises:
+        InputError: no such file, a folder, an empty or truncated file, no checkpoint, or one that holds code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the checkpoint in it")
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty: fetch or save the checkpoint again")
+    try:
+        return read(str(path))
+    # A broken file can make the readers raise nearly anything.
+    except Exception as error:
+        refused = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
+        if _is_pickle(path) or (isinstance(refused, pickle.UnpicklingError) and "global" in str(refused).lower()):
+            raise InputError(
+                f"{path} holds code beside weights; it was not run: ask for a file of weights alone (.safetensors)"
+            ) from error
+        raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint without running code that it may hold.
 
@@ -168,24 +202,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, or no checkpoint that can be read safely.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name the checkpoint in it")
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}")
-    if not path.stat().st_size:
-        raise InputError(f"{path} is empty: fetch or save the checkpoint again")
-    try:
-        entries = timm_load_state_dict(str(path))
-    # A broken file can make the readers raise nearly anything.
-    except Exception as error:
-        if _is_pickle(path) or (
-            isinstance(error.__cause__, pickle.UnpicklingError) and "global" in str(error.__cause__).lower()
-        ):
-            raise InputError(
-                f"{path} holds code beside weights; it was not run: ask for a file of weights alone (.safetensors)"
-            ) from error
-        raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
+    entries = read_checkpoint(path, timm_load_state_dict)
     weights = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if not weights:
         raise InputError(f"{path} holds no weights: is it the right file?")

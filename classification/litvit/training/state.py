@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from litvit.checkpoints import read_checkpoint
 from litvit.errors import InputError
 
 CHECKPOINT = "last.pth"
@@ -46,12 +48,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: not there, truncated, holds code, or another kind of file.
     """
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can raise almost anything
-        raise InputError(f"cannot read the checkpoint {path}: {str(error).strip().splitlines()[0]}") from None
+    state = read_checkpoint(path, partial(torch.load, map_location="cpu", weights_only=True))
     if not isinstance(state, dict) or "optimizer" not in state:
         raise InputError(f"{path} is not a full checkpoint of a run: weights alone go to --initial-checkpoint")
     return state
