@@ -10,7 +10,7 @@ run=$root/output/demo
 image=$data/val/3/00000.png
 
 rm -rf "$run" # the last demo's
-"$python" -m litvit.demo_data "$data" --train-per-class 1000
+"$python" -m litvit.demo_data "$data" --train-per-class 1700
 "$python" train.py "$data" --config recipes/demo.yaml --output "$root/output" --experiment demo
 "$python" validate.py "$data" --checkpoint "$run/model_best.safetensors" --results-file "$run/validation.json"
 "$python" visualize_offset.py --resume "$run/model_best.safetensors" --vis_image "$image" --output "$run/offsets"
