@@ -12,9 +12,9 @@ from litvit.training.loop import Training
 from litvit.training.recipe import parse_settings
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
-    Training(parse_settings(argv)).run()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says. Returns the exit status, see docs/reliability.md."""
+    return Training(parse_settings(argv)).run()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +19,15 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import IterableImageDataset, Mixup, create_dataset, create_loader, create_transform
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import PrefetchLoader
+from timm.data.random_erasing import RandomErasing
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from litvit.errors import InputError
 
+# what ends a run in good order: a scheduler's notice (SIGTERM, SIGUSR1), Ctrl-C
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 READERS = ("hfds", "hfids", "wds", "tfds")
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "test", "eval")}
 
@@ -62,37 +67,81 @@ def random_stream(stream: Stream, *key: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+class Sample(NamedTuple):
+    """One training sample as a loader process makes it."""
+
+    image: np.ndarray  # uint8 (C, H, W)
+    target: int
+    erased: torch.Tensor | None  # (C, H, W): normalised values of erased pixels, NaN where the image stays
+    unreadable: list[str]  # files that were tried before this image, and could not be decoded
+
+
+class Batch(NamedTuple):
+    """Training samples on the device."""
+
+    images: torch.Tensor  # (B, C, H, W), normalised
+    target: torch.Tensor  # (B,)
+    unreadable: list[str]
+
+
 class Images(Dataset):
-    """A timm data set whose samples are reproducible and whose broken images are named.
+    """A timm data set whose training samples are reproducible and whose broken images are named.
+
+    What is read for a `Draw` depends on (seed, epoch, place) alone: the augmentation, the random erasing, and the image
+    that takes the place of one that cannot be decoded. An integer reads an image for evaluation.
 
     Args:
         dataset: timm's ImageDataset.
-        seed: seed of the run; a `Draw` is augmented with random numbers of (seed, epoch, place).
+        seed: seed of the run.
     """
+
+    TRIES = 10
 
     def __init__(self, dataset: Dataset, seed: int = 0):
         self.dataset = dataset
         self.seed = seed
-        self.transform = None
+        self.transform: Callable | None = None
+        self.erasing: RandomErasing | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: int | Draw) -> tuple[np.ndarray, int]:
-        """Return the image as uint8 (C, H, W) and its class. Raises InputError for a file that is no image."""
-        if isinstance(key, Draw):
-            with random_stream(Stream.SAMPLE, self.seed, key.epoch, key.place):
-                return self._load(key.index)
-        return self._load(key)
+    def __getitem__(self, key: int | Draw) -> tuple[np.ndarray, int] | Sample:
+        """Read an image as uint8 (C, H, W), and its class.
 
-    def _load(self, index: int) -> tuple[np.ndarray, int]:
+        Raises:
+            InputError: a file that is no image; for a `Draw`, ten in a row.
+        """
+        if not isinstance(key, Draw):
+            image, target = self._decode(key)
+            return self.transform(image), target
+        with random_stream(Stream.SAMPLE, self.seed, key.epoch, key.place):
+            index, unreadable = key.index, []
+            while True:
+                try:
+                    image, target = self._decode(index)
+                    break
+                except InputError:
+                    unreadable.append(self.filenames([index])[0])
+                    if len(unreadable) == self.TRIES:
+                        raise
+                index = random.randrange(len(self))
+            image = self.transform(image)
+            return Sample(image, target, self._erase(image.shape), unreadable)
+
+    def _decode(self, index: int) -> tuple[Image.Image, int]:
         try:
             file, target, *_ = self.dataset.reader[index]
-            image = Image.open(file).convert(self.dataset.input_img_mode)
+            return Image.open(file).convert(self.dataset.input_img_mode), target
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             path = self.filenames([index])[0]
             raise InputError(f"cannot read the image {path} ({error}): mend it or remove it") from None
-        return self.transform(image), target
+
+    def _erase(self, shape: tuple[int, int, int]) -> torch.Tensor | None:
+        if self.erasing is None:
+            return None
+        erased = self.erasing(torch.full(shape, torch.nan))
+        return None if erased[0].isnan().all() else erased
 
     def filenames(self, indices: list[int] | None = None) -> list[str]:
         """Paths of the images, or of those at `indices`."""
@@ -100,6 +149,80 @@ class Images(Dataset):
         if indices is None:
             return reader.filenames(absolute=True)
         return [reader.filename(index, absolute=True) for index in indices]
+
+
+class RawBatch(NamedTuple):
+    """Training samples on their way to the device: a quarter of the bytes of normalised images."""
+
+    images: torch.Tensor  # uint8 (B, C, H, W)
+    target: torch.Tensor
+    erased_rows: torch.Tensor  # (n,): which images are erased
+    erased: torch.Tensor  # (n, C, H, W), see Sample
+    unreadable: list[str]
+
+
+def collate(samples: list[Sample]) -> RawBatch:
+    """Join samples to a batch."""
+    rows = [row for row, sample in enumerate(samples) if sample.erased is not None]
+    return RawBatch(
+        torch.from_numpy(np.stack([sample.image for sample in samples])),
+        torch.tensor([sample.target for sample in samples]),
+        torch.tensor(rows, dtype=torch.long),
+        torch.stack([samples[row].erased for row in rows]) if rows else torch.empty(0),
+        [path for sample in samples for path in sample.unreadable],
+    )
+
+
+class DeviceBatches:
+    """Batches of a loader, moved to the device and normalised there, on a GPU while the batch before is computed on.
+
+    Args:
+        loader: of `RawBatch`es.
+        mean, std: of the images, in units of their range, a number a channel.
+        device: where batches go.
+    """
+
+    def __init__(self, loader: DataLoader, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.loader, self.device = loader, device
+        # of images from 0 to 255
+        self.mean, self.std = (255 * torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def dataset(self) -> Dataset:
+        """What the batches are made of."""
+        return self.loader.dataset
+
+    def set_epoch(self, epoch: int, first_update: int = 0) -> None:
+        """Choose the epoch whose batches are to come, and the update to begin with."""
+        self.loader.batch_sampler.set_epoch(epoch, first_update)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.stream is None:
+            yield from map(self._move, self.loader)
+            return
+        ready = None
+        for raw in self.loader:
+            # memory that the consumer has let go of is written to only when its work is done
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                coming = self._move(raw)
+            if ready is not None:
+                yield ready
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            ready = coming
+        if ready is not None:
+            yield ready
+
+    def _move(self, raw: RawBatch) -> Batch:
+        images = raw.images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        if len(raw.erased_rows):
+            rows, erased = (tensor.to(self.device, non_blocking=True) for tensor in (raw.erased_rows, raw.erased))
+            images[rows] = torch.where(erased.isnan(), images[rows], erased)
+        return Batch(images, raw.target.to(self.device, non_blocking=True), raw.unreadable)
 
 
 class EpochBatches(Sampler[list[Draw]]):
@@ -136,7 +259,7 @@ class EpochBatches(Sampler[list[Draw]]):
     ):
         self.num_images, self.batch_size, self.accum_steps = num_images, batch_size, accum_steps
         self.rank, self.world_size, self.seed, self.repeats = rank, world_size, seed, max(repeats, 1)
-        self.epoch = 0
+        self.epoch = self.first_update = 0
         self.total_batch = batch_size * accum_steps * world_size
         samples = num_images // 256 * 256 if self.repeats > 1 and num_images >= 256 else num_images
         self.updates = samples // self.total_batch
@@ -146,16 +269,16 @@ class EpochBatches(Sampler[list[Draw]]):
                 f"({world_size} processes x {batch_size} images x {accum_steps} passes): choose a smaller --batch-size"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches are to come."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_update: int = 0) -> None:
+        """Choose the epoch whose batches are to come, and the update to begin with."""
+        self.epoch, self.first_update = epoch, first_update
 
     def __len__(self) -> int:
-        return self.updates * self.accum_steps
+        return (self.updates - self.first_update) * self.accum_steps
 
     def __iter__(self) -> Iterator[list[Draw]]:
         order = np.random.default_rng((Stream.ORDER, self.seed, self.epoch)).permutation(self.num_images)
-        for update in range(self.updates):
+        for update in range(self.first_update, self.updates):
             places = range(update * self.total_batch + self.rank, (update + 1) * self.total_batch, self.world_size)
             for first in range(0, len(places), self.batch_size):
                 yield [
@@ -320,7 +443,7 @@ def train_loader(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-) -> PrefetchLoader:
+) -> "DeviceBatches | StreamedBatches":
     """Augmented, normalised training batches on the device.
 
     Args:
@@ -331,7 +454,7 @@ def train_loader(
         rank, world_size: this process, of how many.
 
     Returns:
-        Loader of images (B, C, H, W) and classes (B,); `len` is the number of forward passes an epoch.
+        Loader of `Batch`es; `len` is the number of forward passes that an epoch still has.
     """
     augmentation = {
         "scale": settings.scale,
@@ -341,27 +464,31 @@ def train_loader(
         "auto_augment": settings.aa,
         "interpolation": settings.train_interpolation,
     }
-    erasing = {"re_prob": settings.reprob, "re_mode": settings.remode, "re_count": settings.recount}
     normalisation = {"mean": data_config["mean"], "std": data_config["std"]}
-    input_size = data_config["input_size"]
+    input_size, workers = data_config["input_size"], loader_workers(settings)
     if isinstance(dataset, IterableImageDataset):
         if settings.aug_repeats:
             raise InputError("repeated augmentation needs random access: --aug-repeats 0 with a streamed data set")
-        return create_loader(
+        loader = create_loader(
             dataset,
             input_size,
             settings.batch_size,
             is_training=True,
-            num_workers=loader_workers(settings),
+            re_prob=settings.reprob,
+            re_mode=settings.remode,
+            re_count=settings.recount,
+            num_workers=workers,
             pin_memory=device.type == "cuda",
             device=device,
             **augmentation,
-            **erasing,
             **normalisation,
         )
+        return StreamedBatches(loader, settings.grad_accum_steps)
     dataset.transform = create_transform(
         input_size, is_training=True, use_prefetcher=True, **augmentation, **normalisation
     )
+    if settings.reprob > 0:
+        dataset.erasing = RandomErasing(settings.reprob, mode=settings.remode, max_count=settings.recount, device="cpu")
     batches = EpochBatches(
         len(dataset),
         settings.batch_size,
@@ -371,16 +498,59 @@ def train_loader(
         seed=settings.seed,
         repeats=settings.aug_repeats,
     )
-    workers = loader_workers(settings)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=fast_collate,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_trainer,
     )
-    return PrefetchLoader(loader, channels=input_size[0], device=device, **normalisation, **erasing)
+    return DeviceBatches(loader, device=device, **normalisation)
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a loader process live through the signals that end a run in good order: the trainer still needs its batches.
+
+    A SIGTERM of the trainer itself ends it: so does Python stop the processes that are left when it exits.
+    """
+    for number in STOP_SIGNALS[1:]:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class StreamedBatches:
+    """Batches of a streamed data set (WebDataset, Hugging Face), whose order is the reader's own.
+
+    An epoch that was broken off is continued by reading on from its start past what was seen.
+    """
+
+    def __init__(self, loader: PrefetchLoader, accum_steps: int):
+        self.loader, self.accum_steps = loader, accum_steps
+        self.dataset = loader.dataset
+        self.first_pass = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, first_update: int = 0) -> None:
+        """Choose the epoch whose batches are to come, and the update to begin with."""
+        self.dataset.set_epoch(epoch)
+        self.first_pass = first_update * self.accum_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, (images, target) in enumerate(self.loader):
+            if index >= self.first_pass:
+                yield Batch(images, target, [])
 
 
 def eval_loader(

@@ -18,6 +18,7 @@ def evaluate(
     *,
     distributed: bool = False,
     real_labels: RealLabelsImagenet | None = None,
+    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Evaluate a classifier in eval mode; its mode is put back.
 
@@ -28,6 +29,7 @@ def evaluate(
         autocast: makes the context of mixed precision.
         distributed: sum the counts over all processes.
         real_labels: also count by these labels (ImageNet-Real; not with `distributed`).
+        after_batch: called after every batch.
 
     Returns:
         loss (mean cross-entropy), top1 and top5 in percent, images_per_second (over all processes), and real_top1,
@@ -44,6 +46,8 @@ def evaluate(
             evaluator.update(logits, target)
             if real_labels is not None:
                 real_labels.add_result(logits)
+            if after_batch is not None:
+                after_batch()
         metrics = dict(evaluator.compute(distributed))  # reads the counts: waits for the device
     seconds = time.perf_counter() - start
     model.train(was_training)

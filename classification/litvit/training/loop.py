@@ -4,16 +4,20 @@ import argparse
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.task import ClassificationTask
-from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, get_state_dict, unwrap_model
+from timm.utils import distribute_bn, get_state_dict, unwrap_model
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from litvit.checkpoints import load_weights
 from litvit.errors import InputError
@@ -21,17 +25,22 @@ from litvit.training.data import Stream, create_mixup, eval_loader, open_train_a
 from litvit.training.evaluate import evaluate
 from litvit.training.model import autocast_context, build_model, choose_device
 from litvit.training.optimizer import create_optimizer, create_scheduler, learning_rates
+from litvit.training.recipe import interval
 from litvit.training.report import Report, set_up_logging
 from litvit.training.state import (
     BEST_WEIGHTS,
     CHECKPOINT,
+    DIVERGED,
     SETTINGS,
-    load_checkpoint,
+    holds_run,
+    load_last_checkpoint,
     resumed_folder,
     save_checkpoint,
     save_settings,
+    save_state,
     save_weights,
 )
+from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Agreement, Diverged, Interrupted, StopSignals
 
 logger = logging.getLogger("litvit")
 
@@ -52,7 +61,7 @@ class Training:
         self.settings = settings
         self.primary = world_info_from_env()[1] == 0
         self.folder = run_folder(settings, self.primary)
-        resumed = load_checkpoint(self.folder / CHECKPOINT) if settings.resume else None
+        resumed = load_last_checkpoint(self.folder, set_aside=self.primary) if settings.resume else None
         train_images, val_images, num_classes = open_train_and_val(settings)
         device = choose_device(settings.device)
         seed_everything(Stream.WEIGHTS, settings.seed)
@@ -66,6 +75,9 @@ class Training:
         self.rank, self.world_size = process["global_rank"], process["world_size"]
         self.distributed = process["distributed"]
         model.to(self.device)
+        self.agreement = Agreement(self.distributed)
+        if self.agreement.sum(resumed is not None)[0] not in (0, self.world_size):
+            raise InputError(f"not every process finds a checkpoint in {self.folder}: all nodes must share --output")
 
         data_config = resolve_data_config(vars(settings), model=model)
         self.train_batches = train_loader(train_images, settings, data_config, self.device, self.rank, self.world_size)
@@ -87,7 +99,7 @@ class Training:
         self.scheduler, self.epochs = create_scheduler(self.optimizer, settings, rates, self.updates_per_epoch)
         self.autocast = autocast_context(settings, self.device)
         scaled = settings.amp and settings.amp_dtype == "float16" and self.device.type == "cuda"
-        self.scaler = NativeScaler(device=self.device.type) if scaled else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
 
         if settings.sync_bn and self.distributed and self.device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -99,13 +111,21 @@ class Training:
         )
         if settings.model_ema:
             self.task.setup_ema(decay=settings.model_ema_decay, use_warmup=settings.model_ema_warmup)
-        self.epoch, self.update, self.best_top1 = 0, 0, -1.0
+        # how far the run has come: `update` counts all updates, `done` those of this epoch; `done` = all: not validated
+        self.epoch, self.update, self.done, self.best_top1 = 0, 0, 0, -1.0
+        self.loss_sum = torch.zeros((), device=self.device)  # over the epoch's updates; on the device: no wait
+        self.bad_in_a_row = torch.zeros((), device=self.device)
+        self.bad_updates = torch.zeros((), device=self.device)
+        self.unreadable: list[str] = []  # of this epoch
+        self.last_save = time.monotonic()
+        self.signals = StopSignals()
         if resumed is not None:
             self.load_state_dict(resumed)
         if settings.torchcompile:
             self.task.compile(backend=settings.torchcompile)
         if self.distributed:
             self.task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.rates = rates
 
@@ -114,7 +134,14 @@ class Training:
         state = {
             "epoch": self.epoch,
             "update": self.update,
+            "done": self.done,
             "best_top1": self.best_top1,
+            "loss_sum": self._mean_over_processes(self.loss_sum).item(),
+            "bad": [self.bad_in_a_row.item(), self.bad_updates.item()],
+            "unreadable": self.unreadable,
+            "total_batch": self.total_batch,
+            "num_images": len(self.train_batches.dataset),
+            "settings": self._settings_of_the_run(),
             "description": self.description,
             "optimizer": self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(),
@@ -130,10 +157,7 @@ class Training:
         Raises:
             InputError: the state is of another model, other classes or another optimizer.
         """
-        theirs, ours = state["description"], self.description
-        for name in ("model", "num_classes", "in_chans", "img_size"):
-            if theirs[name] != ours[name]:
-                raise InputError(f"--resume: the run has {name} {theirs[name]}, these settings {ours[name]}")
+        self._refuse_changes(state)
         try:
             self.task.load_checkpoint_state(state["state_dict"])
             if self.task.has_ema():
@@ -144,8 +168,31 @@ class Training:
             raise InputError(f"--resume: the checkpoint does not fit these settings: {reason}") from None
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.update, self.best_top1 = state["epoch"], state["update"], state["best_top1"]
+        self.epoch, self.update, self.done = state["epoch"], state["update"], state["done"]
+        self.best_top1, self.unreadable = state["best_top1"], state["unreadable"]
+        self.loss_sum.fill_(state["loss_sum"])
+        for tensor, number in zip((self.bad_in_a_row, self.bad_updates), state["bad"], strict=True):
+            tensor.fill_(number)
         self._step_schedule()
+
+    def _settings_of_the_run(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.settings).items() if name not in NOT_OF_THE_RUN}
+
+    def _refuse_changes(self, state: dict[str, Any]) -> None:
+        """Refuse settings under which the rest of the run would not be the rest of that run."""
+        theirs, ours = state["settings"], self._settings_of_the_run()
+        theirs |= {"total_batch": state["total_batch"], "number of training images": state["num_images"]}
+        ours |= {"total_batch": self.total_batch, "number of training images": len(self.train_batches.dataset)}
+        changed = [
+            f"{name} was {theirs.get(name)}, is {ours.get(name)}"
+            for name in sorted({*theirs, *ours} - set(MAY_CHANGE))
+            if theirs.get(name) != ours.get(name)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.folder} holds a run with other settings ({'; '.join(changed)}): continue it with its own, or "
+                "choose another --experiment"
+            )
 
     @property
     def lr(self) -> float:
@@ -157,111 +204,220 @@ class Training:
         self.scheduler.step(self.epoch)
         self.scheduler.step_update(self.update)
 
-    def run(self) -> dict[str, float]:
-        """Train to the last epoch.
+    def run(self) -> int:
+        """Train to the last epoch, or until a signal.
 
         Returns:
-            The last validation's metrics and `best_top1`; nothing after a dry run.
+            Exit status: 0 trained, EXIT_INTERRUPTED, EXIT_DIVERGED.
+
+        Raises:
+            InputError: the run's folder cannot be made, or too many images cannot be decoded.
         """
         if self.settings.dry_run:
             set_up_logging(None, self.primary)
             self._log_start()
-            return {}
+            return 0
         if self.primary:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                save_settings(self.folder / SETTINGS, self._settings_of_the_run())
             except OSError as error:
-                raise InputError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
-            kept = {name: value for name, value in vars(self.settings).items() if name not in NOT_OF_THE_RUN}
-            save_settings(self.folder / SETTINGS, kept)
+                raise InputError(f"cannot write to the run's folder {self.folder}: {error.strerror}") from None
         set_up_logging(self.folder, self.primary)
         self._log_start()
         report = Report(self.folder, self.primary, self.epoch, self.epochs * self.updates_per_epoch)
-        metrics = {}
-        for epoch in range(self.epoch, self.epochs):
-            train_metrics = self.train_epoch(report)
-            lr = self.lr
-            self.epoch = epoch + 1
-            self._step_schedule()
-            metrics = self.validate()
-            best = metrics["top1"] > self.best_top1
-            self.best_top1 = max(metrics["top1"], self.best_top1)
-            if self.primary:
-                if best:
-                    self.save_best(metrics)
-                save_checkpoint(self.folder / CHECKPOINT, self.state_dict())
-            report.epoch(epoch, self.update, train_metrics, metrics, lr, self.best_top1)
-        report.close()
-        logger.info("best top1 %.2f; the run is in %s", self.best_top1, self.folder)
+        status = 0
+        try:
+            with self.signals:
+                while self.epoch < self.epochs:
+                    self.run_epoch(report)
+        except Interrupted:
+            status = EXIT_INTERRUPTED
+        except Diverged as error:
+            status = EXIT_DIVERGED
+            logger.error("%s", error)
+        finally:
+            report.close()
+        if status == 0:
+            logger.info("the run has ended: best top1 %.2f; it is in %s", self.best_top1, self.folder)
         if self.distributed:
             torch.distributed.destroy_process_group()
-        return {**metrics, "best_top1": self.best_top1}
+        return status
 
-    def train_epoch(self, report: Report) -> dict[str, float]:
-        """Train one epoch. Returns the mean loss over the epoch's updates, and the images a second."""
+    def run_epoch(self, report: Report) -> None:
+        """Train what is left of an epoch, validate, save, report."""
+        speed = self.train_epoch(report)
+        lr = self.lr
+        metrics = self.validate()
+        loss = self._mean_over_processes(self.loss_sum).item() / self.updates_per_epoch
+        self.epoch, self.done = self.epoch + 1, 0
+        self.loss_sum.zero_()
+        self.unreadable = []
+        self._step_schedule()
+        best = metrics["top1"] > self.best_top1
+        self.best_top1 = max(metrics["top1"], self.best_top1)
+        if best and self.primary:
+            self._write(self.save_best, metrics)
+        self.save()
+        train_metrics = {"loss": loss, "images_per_second": speed}
+        report.epoch(self.epoch - 1, self.update, train_metrics, metrics, lr, self.best_top1)
+
+    def train_epoch(self, report: Report) -> float:
+        """Train what is left of an epoch. Returns images a second, over all processes."""
         settings, accum_steps = self.settings, self.settings.grad_accum_steps
         self.task.train()
-        batches = getattr(self.train_batches, "batch_sampler", None)
-        for shuffled in (batches, self.train_batches.dataset):  # an order of ours, or a stream's own
-            if hasattr(shuffled, "set_epoch"):
-                shuffled.set_epoch(self.epoch)
+        self.train_batches.set_epoch(self.epoch, self.done)
         if self.mixup is not None and settings.mixup_off_epoch:
             self.mixup.mixup_enabled = self.epoch < settings.mixup_off_epoch
 
-        bar = report.bar(self.epoch, self.epochs, self.updates_per_epoch)
-        epoch_loss = interval_loss = torch.zeros((), device=self.device)  # summed on the device: no wait in an update
-        first_update = reported_update = self.update
-        start = reported = time.perf_counter()
-        for index, (images, target) in enumerate(self.train_batches):
-            if index == self.updates_per_epoch * accum_steps:
+        bar = report.bar(self.epoch, self.epochs, self.updates_per_epoch, self.done)
+        first = reported = self.done
+        reported_loss = self.loss_sum.clone()
+        start = reported_time = time.perf_counter()
+        unreadable: list[str] = []
+        batches = iter(self.train_batches) if self.done < self.updates_per_epoch else iter(())
+        for index, batch in enumerate(batches, self.done * accum_steps):
+            if self.done == self.updates_per_epoch:
                 break  # a stream's last, incomplete update
             # the random numbers of a pass depend on its place in the run alone: nothing to save, nothing to restore
             seed_everything(Stream.PASS, settings.seed, self.epoch, index, self.rank)
+            images, target = batch.images, batch.target
+            unreadable += batch.unreadable
             if self.mixup is not None:
                 images, target = self.mixup(images, target)
             last_pass = (index + 1) % accum_steps == 0
+            first_pass = index % accum_steps == 0
+            if first_pass:
+                buffers = [buffer.clone() for buffer in self.buffers]
+                loss_of_update = torch.zeros_like(self.loss_sum)
             with contextlib.nullcontext() if last_pass else self.task.no_sync():
                 with self.autocast():
                     loss = self.task(images, target)["loss"] / accum_steps
-                self._backward(loss, last_pass)
-            interval_loss = interval_loss + loss.detach()
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            loss_of_update += loss.detach()
             if not last_pass:
                 continue
+            self._step(loss_of_update, buffers)
+            self.done += 1
             self.update += 1
             self.task.update_ema(self.update)
             self.scheduler.step_update(self.update)
             bar.update()
-            done = self.update - first_update
-            if done % settings.log_interval == 0 or done == self.updates_per_epoch:
-                updates = self.update - reported_update
-                mean_loss = interval_loss / updates
-                if self.distributed:
-                    torch.distributed.all_reduce(mean_loss, torch.distributed.ReduceOp.SUM)
-                    mean_loss = mean_loss / self.world_size
+            if self.done % settings.log_interval == 0 or self.done == self.updates_per_epoch:
+                loss = self._mean_over_processes(self.loss_sum - reported_loss).item() / (self.done - reported)
                 now = time.perf_counter()
-                images = updates * self.total_batch
-                report.train(bar, self.epoch, self.update, mean_loss.item(), self.lr, images, now - reported)
-                epoch_loss = epoch_loss + mean_loss * updates
-                interval_loss, reported_update, reported = torch.zeros_like(interval_loss), self.update, now
+                images_seen = (self.done - reported) * self.total_batch
+                report.train(bar, self.epoch, self.update, loss, self.lr, images_seen, now - reported_time)
+                self._stop_if_diverged()
+                reported_loss, reported, reported_time = self.loss_sum.clone(), self.done, now
+            self.check_in(unreadable)
+            unreadable = []
         bar.close()
-        done = max(self.update - first_update, 1)
-        seconds = time.perf_counter() - start
-        return {"loss": epoch_loss.item() / done, "images_per_second": done * self.total_batch / seconds}
+        return max(self.done - first, 1) * self.total_batch / (time.perf_counter() - start)
 
-    def _backward(self, loss: torch.Tensor, update: bool) -> None:
-        """Backward pass and, at the last pass of an update, clipping and the optimizer's step."""
-        clip = self.settings.clip_grad
+    def _step(self, loss: torch.Tensor, buffers: list[torch.Tensor]) -> None:
+        """Clip and take the optimizer's step, or leave the update out where the loss or a gradient is not finite.
+
+        DDP has averaged the gradients: one process's bad number is every process's, and all leave the update out.
+        Nothing waits for the device, but where the optimizer cannot be told there.
+
+        Args:
+            loss: mean over the update's passes, of this process.
+            buffers: what the model's (BatchNorm's statistics) were before the update.
+        """
+        parameters = [p for p in self.task.get_clip_parameters() if p.grad is not None]
         if self.scaler is not None:
-            parameters = self.task.get_clip_parameters()
-            self.scaler(loss, self.optimizer, clip_grad=clip, parameters=parameters, need_update=update)
-        else:
-            loss.backward()
-            if update:
-                if clip is not None:
-                    dispatch_clip_grad(self.task.get_clip_parameters(), clip)
-                self.optimizer.step()
-        if update:
-            self.optimizer.zero_grad()
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad or torch.inf)
+        bad = (~torch.isfinite(norm)).float()
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = bad  # what GradScaler tells a fused optimizer: not to step
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.buffers, buffers, strict=True):
+            torch.where(bad.bool(), before, buffer, out=buffer)
+        self.loss_sum += torch.where(bad.bool(), 0.0, loss)
+        self.bad_updates += bad
+        self.bad_in_a_row = (self.bad_in_a_row + bad) * bad
+
+    def _stop_if_diverged(self) -> None:
+        """Warn of updates that were left out, and stop when they no longer end."""
+        in_a_row, total = int(self.bad_in_a_row.item()), int(self.bad_updates.item())
+        if in_a_row:
+            logger.warning("update %d: %d updates left out, the loss or a gradient is not finite", self.update, total)
+        if in_a_row >= BAD_IN_A_ROW:
+            state = self.state_dict()
+            if self.primary:
+                self._write(save_state, self.folder / DIVERGED, state)
+            raise Diverged(
+                f"the loss or a gradient was not finite in {in_a_row} updates in a row, up to update {self.update}: "
+                f"try a lower --lr or --clip-grad; the state is in {self.folder / DIVERGED}, {CHECKPOINT} is older"
+            )
+
+    def check_in(self, unreadable: list[str]) -> None:
+        """Between updates and batches of validation: save when it is time, leave when a signal says so.
+
+        All processes call it at the same places and decide alike.
+
+        Args:
+            unreadable: files that this process could not decode since the last call.
+
+        Raises:
+            Interrupted: after saving.
+            InputError: more unreadable images than `max_unreadable` allows.
+        """
+        kind, every = interval(self.settings.checkpoint_every)
+        due = self.update % every == 0 if kind == "updates" else time.monotonic() - self.last_save > every
+        due = due and self.primary and self.done < self.updates_per_epoch
+        if unreadable:
+            for path in unreadable:
+                logger.warning("cannot decode %s: another image takes its place", path)
+            self.unreadable += unreadable
+        stop, due, count = self.agreement.sum(self.signals.received is not None, due, len(self.unreadable))
+        limit = self.settings.max_unreadable * self.updates_per_epoch * self.total_batch
+        if count > limit:
+            raise InputError(
+                f"cannot read the image{'s' * (count > 1)} {', '.join(self.unreadable[:20])} ({count:.0f} of an epoch, more "
+                f"than --max-unreadable {self.settings.max_unreadable} allows): mend it or remove it"
+            )
+        if stop or due:
+            self.save()
+        if stop:
+            name = self.signals.received.name if self.signals.received else "a signal in another process"
+            logger.warning(
+                "%s: saved at update %d of epoch %d; the same command with --resume %s continues",
+                name,
+                self.done,
+                self.epoch + 1,
+                self.folder,
+            )
+            raise Interrupted
+
+    def save(self) -> None:
+        """Save the full state; a disk that does not take it is reported, and the run goes on."""
+        state = self.state_dict()
+        if self.primary:
+            self._write(save_checkpoint, self.folder, state)
+        self.last_save = time.monotonic()
+
+    def _write(self, write: Callable[..., None], *args: Any) -> None:
+        try:
+            write(*args)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("cannot save in %s (%s): the run goes on, the next save tries again", self.folder, reason)
+
+    def _mean_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.distributed:
+            return tensor
+        mean = tensor.clone()
+        torch.distributed.all_reduce(mean)
+        return mean / self.world_size
 
     def validate(self) -> dict[str, float]:
         """Validate the model, or its average where there is one."""
@@ -272,7 +428,15 @@ class Training:
         model = self.task.get_eval_model(ema=self.task.has_ema())
         if self.distributed:
             model = getattr(model, "module", model)  # no collectives of DDP: ranks may have batches of other sizes
-        return evaluate(model, self.val_batches, self.device, self.autocast, distributed=self.distributed)
+        streamed = self.distributed and isinstance(self.val_batches.dataset, IterableDataset)
+        return evaluate(
+            model,
+            self.val_batches,
+            self.device,
+            self.autocast,
+            distributed=self.distributed,
+            after_batch=None if streamed else partial(self.check_in, []),  # streams may differ in length
+        )
 
     def save_best(self, metrics: dict[str, float]) -> None:
         """Save the validated weights."""
@@ -307,12 +471,29 @@ class Training:
             self.rates["warmup_lr"],
             self.rates["min_lr"],
         )
-        if self.epoch:
-            logger.info("continuing at epoch %d", self.epoch + 1)
+        if self.epoch >= self.epochs:
+            logger.info("this run has ended already")
+        elif self.update:
+            logger.info("continuing at epoch %d, update %d", self.epoch + 1, self.done + 1)
 
 
-# settings that say where and how a run is carried out, not what it computes
+BAD_IN_A_ROW = 10
+# settings that say where a run is carried out, not what it computes
 NOT_OF_THE_RUN = ("data_dir", "config", "resume", "dry_run", "device", "output", "experiment")
+# settings that a continued run may change: how it is carried out, and how long it is. Batch size and passes may change
+# together with the number of processes; the total batch may not
+MAY_CHANGE = (
+    "epochs",
+    "batch_size",
+    "grad_accum_steps",
+    "val_batch_size",
+    "workers",
+    "log_interval",
+    "checkpoint_every",
+    "max_unreadable",
+    "initial_checkpoint",
+    "grad_checkpointing",
+)
 
 
 def run_folder(settings: argparse.Namespace, primary: bool) -> Path:
@@ -321,13 +502,14 @@ def run_folder(settings: argparse.Namespace, primary: bool) -> Path:
     Raises:
         InputError: the folder holds a run, or there is no run to resume.
     """
-    if settings.resume:
+    if settings.resume and settings.resume != "auto":
         return resumed_folder(settings.resume)
     if settings.experiment is None:
-        settings.experiment = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.model}"
+        started = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.model}"
+        settings.experiment = settings.model if settings.resume else started
     folder = Path(settings.output) / settings.experiment
-    if primary and (folder / CHECKPOINT).exists():
-        raise InputError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --experiment")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: choose another --output or --experiment")
+    if primary and not settings.resume and holds_run(folder):
+        raise InputError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --experiment")
     return folder

@@ -36,14 +36,31 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """Parse `key=value`; the value is a Python literal (numbers, tuples, True) or else a string."""
+    """Parse `key=value`; the value is a Python literal (numbers, lists, True) or else a string. Tuples become lists."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE")
     try:
-        return key, ast.literal_eval(value)
+        literal = ast.literal_eval(value)
+        return key, list(literal) if isinstance(literal, tuple) else literal  # as a YAML file would give it back
     except (ValueError, SyntaxError):
         return key, value
+
+
+def interval(text: str) -> tuple[str, float]:
+    """Parse how often: `10m`, `90s`, `2h` to ("seconds", 600.0); `500` to ("updates", 500).
+
+    Raises:
+        ValueError: neither.
+    """
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "")
+    try:
+        value = float(number) if unit else int(number)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise ValueError(f"'{text}' is neither a time (10m, 90s, 2h) nor a number of updates (500)")
+    return ("seconds", value * {"s": 1, "m": 60, "h": 3600}[unit]) if unit else ("updates", value)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="another recipe than recipes/<model>.yaml")
     add("--output", default="output", metavar="DIR", help="runs are kept here (output)")
     add("--experiment", metavar="NAME", help="the run's folder in --output (date, time and model)")
-    add("--resume", metavar="RUN", help="continue a run, with its settings: its folder or its last.pth")
+    add("--resume", metavar="RUN", help="continue a run, with its settings: its folder; auto: --experiment's, if begun")
+    add("--checkpoint-every", default="10m", metavar="T", help="beside every epoch: 10m, 90s, or 500 updates (10m)")
+    add(
+        "--max-unreadable",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="images of an epoch that may fail to decode (0.01)",
+    )
     add("--seed", type=int, default=42, metavar="N", help="of weights, sample order, augmentation (42)")
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu, mps ... (cuda where there is one)")
     add("--dry-run", action="store_true", help="find wrong input, say what would be run, and stop")
@@ -301,7 +326,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if flags.model is not None:
         model_name(flags.model)
     path = Path(flags.config) if flags.config else None
-    if path is None and flags.resume:
+    if path is None and flags.resume and flags.resume != "auto":
         path = resumed_folder(flags.resume) / SETTINGS
     if path is None and flags.model in recipe_names():
         path = RECIPES / f"{flags.model}.yaml"
@@ -341,6 +366,10 @@ def check_settings(settings: argparse.Namespace) -> None:
     for name in ("drop", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} is between 0 and 1, not {getattr(settings, name)}")
+    try:
+        interval(settings.checkpoint_every)
+    except ValueError as error:
+        raise InputError(f"--checkpoint-every {error}") from None
     mixing = settings.mixup > 0 or settings.cutmix > 0
     if mixing and settings.batch_size % 2:
         raise InputError(

@@ -41,10 +41,12 @@ class Report:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
         self.start_time, self.start_update, self.images_per_second = time.perf_counter(), None, 0.0
 
-    def bar(self, epoch: int, epochs: int, total: int) -> tqdm:
+    def bar(self, epoch: int, epochs: int, total: int, done: int) -> tqdm:
         """A progress bar of one epoch; it shows nothing where there is no terminal."""
         hidden = not (self.primary and sys.stderr.isatty())
-        return tqdm(total=total, desc=f"epoch {epoch + 1}/{epochs}", unit="update", disable=hidden, leave=False)
+        return tqdm(
+            total=total, initial=done, desc=f"epoch {epoch + 1}/{epochs}", unit="update", disable=hidden, leave=False
+        )
 
     def train(self, bar: tqdm, epoch: int, update: int, loss: float, lr: float, images: int, seconds: float) -> None:
         """Report training at an update.

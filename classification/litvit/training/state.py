@@ -1,7 +1,10 @@
 """Files of a run that must never be half-written: the full checkpoint, the best weights, the settings."""
 
+import contextlib
 import json
+import logging
 import os
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,11 @@ import yaml
 from litvit.checkpoints import read_checkpoint
 from litvit.errors import InputError
 
+logger = logging.getLogger("litvit")
+
 CHECKPOINT = "last.pth"
+PREVIOUS = "previous.pth"
+DIVERGED = "diverged.pth"
 BEST_WEIGHTS = "model_best.safetensors"
 SETTINGS = "settings.yaml"
 
@@ -30,28 +37,95 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        for place in (temporary, path.parent):
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Save the full state of a run (tensors, numbers, strings, lists and dicts of them)."""
-    replace_file(path, lambda temporary: torch.save(state, temporary))
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Save a state beside a run's own checkpoints."""
+    replace_file(path, partial(torch.save, state))
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Save the full state of a run; the checkpoint before it is kept as `previous.pth`.
+
+    At every instant at least one of the two is whole.
+
+    Args:
+        folder: of the run.
+        state: tensors, numbers, strings, lists and dicts of them.
+
+    Raises:
+        OSError, RuntimeError: the disk is full, read-only or gone; both checkpoints are as they were.
+    """
+
+    def write(temporary: Path) -> None:
+        torch.save(state, temporary)
+        if (folder / CHECKPOINT).exists():  # a second name for it before its own is given away
+            link = temporary.with_name(f".{PREVIOUS}.tmp")
+            link.unlink(missing_ok=True)
+            os.link(folder / CHECKPOINT, link)
+            os.replace(link, folder / PREVIOUS)
+
+    replace_file(folder / CHECKPOINT, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load what `save_checkpoint` saved.
+    """Load what `save_checkpoint` saved, after checking its checksums.
 
     Raises:
-        InputError: not there, truncated, holds code, or another kind of file.
+        InputError: not there, truncated or changed, holds code, or another kind of file.
     """
-    state = read_checkpoint(path, partial(torch.load, map_location="cpu", weights_only=True))
+    state = read_checkpoint(path, _read_checked)
     if not isinstance(state, dict) or "optimizer" not in state:
         raise InputError(f"{path} is not a full checkpoint of a run: weights alone go to --initial-checkpoint")
     return state
+
+
+def _read_checked(path: str) -> Any:
+    with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file, whose checksums torch.load does not check
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_last_checkpoint(folder: Path, set_aside: bool) -> dict[str, Any] | None:
+    """Load a run's last good checkpoint.
+
+    Args:
+        folder: of the run.
+        set_aside: rename a damaged checkpoint, so that it is not taken for a good one again (one process does it).
+
+    Returns:
+        The state, or None if the folder holds no checkpoint.
+
+    Raises:
+        InputError: there are checkpoints, and none is good.
+    """
+    reasons = []
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return load_checkpoint(path)
+        except InputError as error:
+            reasons.append(str(error))
+            logger.warning("%s; trying the checkpoint before it", error)
+            if set_aside:
+                with contextlib.suppress(OSError):
+                    path.rename(path.with_name(f"{path.name}.damaged"))
+    if reasons:
+        raise InputError(f"{folder} holds no good checkpoint: {'; '.join(reasons)}")
+    return None
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
@@ -99,6 +173,11 @@ def resumed_folder(resume: str) -> Path:
     """
     path = Path(resume)
     folder = path if path.is_dir() else path.parent
-    if not (folder / CHECKPOINT).is_file() or (path != folder and path.name != CHECKPOINT):
+    if not holds_run(folder) or (path != folder and path.name != CHECKPOINT):
         raise InputError(f"--resume {resume}: no run there; name a run's folder, which holds {CHECKPOINT}")
     return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run's checkpoint."""
+    return (folder / CHECKPOINT).is_file() or (folder / PREVIOUS).is_file()
