@@ -239,7 +239,7 @@ tools=$(sed -n '/^# what builds/,/^$/s/^\([a-z]*\)==.*/\1/p' "$root/constraints.
 step "build tools" pip install -c "$root/constraints.txt" $tools
 step "torch and classification (a minute or two, 3 GB to fetch)" \
     pip install -c "$root/constraints.txt" --no-build-isolation -e "$root[dev]"
-imports "torch, torchvision, timm, matplotlib, sklearn, yaml, safetensors, tensorboard, tqdm" ||
+imports "torch, torchvision, timm, sklearn, yaml, safetensors, tensorboard, tqdm" ||
     die "the environment does not import: $(tail -n 1 "$log")"
 if [[ $mode == full ]]; then
     install_all

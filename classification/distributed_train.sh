@@ -4,6 +4,8 @@
 # One process a GPU; where there is none, NUM_GPUS processes on the CPU (gloo).
 # Several nodes: run it on each, with NNODES, NODE_RANK (0 ...), MASTER_ADDR and MASTER_PORT (29500) set.
 # PYTHON names the interpreter; default: the active environment's, else the project's .venv.
+# The same command continues a run that was broken off (--resume auto). Workers that fail are started again, MAX_RESTARTS
+# (3) times. SIGTERM, SIGUSR1 and Ctrl-C save and exit with status 75.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,7 +15,7 @@ fail() {
     exit 2
 }
 
-[[ $# -ge 1 && $1 != -h && $1 != --help ]] || { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
+[[ $# -ge 1 && $1 != -h && $1 != --help ]] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
 processes=$1
 shift
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "the number of processes comes first, and '$processes' is none: distributed_train.sh 8 DATA_DIR --model lit_ti"
@@ -37,6 +39,30 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     export OMP_NUM_THREADS=$((threads < 1 ? 1 : threads > 8 ? 8 : threads))
 fi
 
+# The same command starts a run or continues it.
+if [[ " $* " != *" --resume "* && " $* " != *" --resume="* ]]; then
+    set -- "$@" --resume auto
+fi
+
 # One process finds wrong input in one line; torchrun would bury it under every worker's.
 "$python" "$here/train.py" "$@" --dry-run >/dev/null
-exec "$python" -m torch.distributed.run --nproc-per-node "$processes" "${place[@]}" "$here/train.py" "$@"
+
+# torchrun is kept out of the signals that the workers answer: they save, put their exit status here, and it ends with them.
+LITVIT_STATUS_FILE=$(mktemp)
+export LITVIT_STATUS_FILE TORCHELASTIC_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
+trap 'rm -f "$LITVIT_STATUS_FILE"' EXIT
+(
+    trap '' TERM INT USR1
+    exec "$python" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" "${place[@]}" \
+        "$here/train.py" "$@"
+) &
+torchrun=$!
+for signal in TERM INT USR1; do
+    trap "pkill -$signal -P $torchrun || true" "$signal"
+done
+status=0
+while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends the wait, not the run
+    wait "$torchrun" && status=0 || status=$?
+done
+[[ ! -s $LITVIT_STATUS_FILE ]] || status=$(<"$LITVIT_STATUS_FILE")
+exit "$status"

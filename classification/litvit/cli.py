@@ -2,14 +2,20 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from timm.models import is_model, list_models
 
 from litvit.errors import InputError
 
 EXIT_INPUT_ERROR = 2
+EXIT_CTRL_C = 130
+# Under torchrun a worker that leaves with a status is a failed one, to be restarted. The launcher names a file in this
+# variable, and a worker that leaves on purpose puts its status there.
+STATUS_FILE = "LITVIT_STATUS_FILE"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -26,10 +32,17 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         main: takes the arguments (None: sys.argv) and returns an exit status, None for success.
     """
     try:
-        sys.exit(main(None))
+        status = main(None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_INPUT_ERROR)
+        status = EXIT_INPUT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = EXIT_CTRL_C
+    if status and STATUS_FILE in os.environ:
+        Path(os.environ[STATUS_FILE]).write_text(str(status))
+        status = 0
+    sys.exit(status)
 
 
 def model_name(name: str) -> str:

@@ -382,8 +382,8 @@ class Training:
         limit = self.settings.max_unreadable * self.updates_per_epoch * self.total_batch
         if count > limit:
             raise InputError(
-                f"cannot read the image{'s' * (count > 1)} {', '.join(self.unreadable[:20])} ({count:.0f} of an epoch, more "
-                f"than --max-unreadable {self.settings.max_unreadable} allows): mend it or remove it"
+                f"cannot read the image{'s' * (count > 1)} {', '.join(self.unreadable[:20])} ({count:.0f} of an epoch, "
+                f"more than --max-unreadable {self.settings.max_unreadable} allows): mend it or remove it"
             )
         if stop or due:
             self.save()

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Train under Slurm: sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 slurm_train.sh DATA_DIR --model lit_b [flags of train.py]
+#
+# Two minutes before the time limit, or when the job is preempted, the run saves and the job queues itself again; it
+# continues where it was. One task a node, which starts a process a GPU. --output must be a folder that all nodes share.
+#SBATCH --job-name=lit
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    echo "error: not in a Slurm job: submit this script with sbatch" >&2
+    exit 2
+fi
+# Slurm runs a copy of the script: the folder is the one it was submitted from, unless LIT_HOME names another.
+here=${LIT_HOME:-$SLURM_SUBMIT_DIR}
+if [[ ! -f $here/distributed_train.sh ]]; then
+    echo "error: no distributed_train.sh in $here: submit from classification/, or set LIT_HOME to it" >&2
+    exit 2
+fi
+processes=${SLURM_GPUS_ON_NODE:-1}
+export NNODES=$SLURM_JOB_NUM_NODES
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+
+srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' \
+    "$here/distributed_train.sh" "$processes" "$@" &
+step=$!
+for signal in TERM USR1; do
+    trap "scancel --signal=USR1 $SLURM_JOB_ID.0" "$signal"
+done
+status=0
+while kill -0 "$step" 2>/dev/null; do # a trapped signal ends the wait, not the run
+    wait "$step" && status=0 || status=$?
+done
+if [[ $status -eq 75 ]]; then
+    echo "interrupted and saved: the job queues again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
