@@ -45,11 +45,13 @@ if [[ " $* " != *" --resume "* && " $* " != *" --resume="* ]]; then
 fi
 
 # One process finds wrong input in one line; torchrun would bury it under every worker's.
-"$python" "$here/train.py" "$@" --dry-run >/dev/null
+"$python" "$here/train.py" "$@" --dry-run $((processes * nodes)) >/dev/null
 
 # torchrun is kept out of the signals that the workers answer: they save, put their exit status here, and it ends with them.
 LITVIT_STATUS_FILE=$(mktemp)
 export LITVIT_STATUS_FILE TORCHELASTIC_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
+# Workers that are started again must not find the addresses of those before them in torchrun's own store.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trap 'rm -f "$LITVIT_STATUS_FILE"' EXIT
 (
     trap '' TERM INT USR1

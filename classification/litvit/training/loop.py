@@ -72,11 +72,11 @@ class Training:
 
         process = init_distributed_device_so(str(device))
         self.device = torch.device(process["device"])
-        self.rank, self.world_size = process["global_rank"], process["world_size"]
+        self.rank, self.world_size = process["global_rank"], settings.dry_run or process["world_size"]
         self.distributed = process["distributed"]
         model.to(self.device)
         self.agreement = Agreement(self.distributed)
-        if self.agreement.sum(resumed is not None)[0] not in (0, self.world_size):
+        if self.distributed and self.agreement.sum(resumed is not None)[0] not in (0, self.world_size):
             raise InputError(f"not every process finds a checkpoint in {self.folder}: all nodes must share --output")
 
         data_config = resolve_data_config(vars(settings), model=model)

@@ -96,7 +96,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=42, metavar="N", help="of weights, sample order, augmentation (42)")
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu, mps ... (cuda where there is one)")
-    add("--dry-run", action="store_true", help="find wrong input, say what would be run, and stop")
+    add(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="find wrong input of N processes, show the run, stop",
+    )
     add("--log-interval", type=int, default=50, metavar="N", help="updates between log lines (50)")
 
     add = add_data_flags(parser)

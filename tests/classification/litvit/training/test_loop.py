@@ -1,0 +1,378 @@
+"""A run that is never lost: kills, signals, broken checkpoints, bad numbers, bad images, full disks."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+from PIL import Image
+
+from litvit.training.recipe import parse_settings
+from litvit.training.state import CHECKPOINT, DIVERGED, PREVIOUS
+from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted
+
+CLASSIFICATION = Path(train.__file__).parent
+# everything random is on: repeated augmentation, RandAugment, erasing, mixup, cutmix, stochastic depth, dropout
+RANDOM = "--mixup 0.8 --cutmix 1.0 --aug-repeats 3 --reprob 0.5 --drop-path 0.2 --drop 0.2 --model-ema --clip-grad 5"
+
+
+@pytest.fixture
+def flags(digits, tmp_path, tiny_flags):
+    """A run of 2 epochs of 4 updates in tmp_path/run, with all its randomness."""
+    return [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(tmp_path), "--experiment", "run"]
+
+
+def weights(folder):
+    """All that the checkpoint of a finished run holds of weights and optimizer."""
+    state = torch.load(Path(folder) / CHECKPOINT, weights_only=True)
+    tensors = {**state["state_dict"], **{f"ema.{k}": v for k, v in state["state_dict_ema"].items()}}
+    for index, entry in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+    return tensors
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    """Folder of the run of `flags` without any disturbance."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    plain = "--img-size 32 -b 20 -j 0 --mixup 0 --cutmix 0 --aug-repeats 0 --reprob 0 --drop-path 0 --no-amp"
+    schedule = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --lr 2e-3 --log-interval 1"
+    tiny = ["--model-kwargs", "dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
+    model = ["--model", "lit_ti", *plain.split(), *schedule.split(), *tiny]
+    training = train.Training(parse_settings([str(digits), *model, *RANDOM.split(), "--output", str(folder)]))
+    assert training.run() == 0
+    return training.folder
+
+
+def run(*flags):
+    return train.Training(parse_settings([str(flag) for flag in flags])).run()
+
+
+@pytest.mark.parametrize("update", [1, 3, 4, 5])
+def test_interrupted_anywhere_the_run_ends_with_the_same_weights(flags, tmp_path, undisturbed, update):
+    training = train.Training(parse_settings(flags))
+    step = training._step
+
+    def step_and_signal(*args):
+        step(*args)
+        if training.update + 1 == update:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    training._step = step_and_signal
+    assert training.run() == EXIT_INTERRUPTED
+    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert (state["update"], state["epoch"] * 4 + state["done"]) == (update, update)
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+    rows = (tmp_path / "run" / "summary.csv").read_text().splitlines()
+    expected = (undisturbed / "summary.csv").read_text().splitlines()
+    for row, other in zip(rows[1:], expected[1:], strict=True):  # but for images/s, the same numbers
+        row, other = row.split(","), other.split(",")
+        assert (row[0], float(row[1])) == (other[0], pytest.approx(float(other[1]), rel=1e-5))
+        assert row[3:6] == other[3:6]
+
+
+def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, undisturbed):
+    training = train.Training(parse_settings(flags))
+    validate = training.validate
+
+    def signalled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate()
+
+    training.validate = signalled
+    assert training.run() == EXIT_INTERRUPTED
+    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert (state["epoch"], state["done"], state["update"]) == (0, 4, 4)
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_kill_9_at_a_random_moment(flags, tmp_path, undisturbed):
+    command = [sys.executable, str(CLASSIFICATION / "train.py"), *flags, "--resume", "auto", "--checkpoint-every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    updates = np.random.default_rng().integers(1, 8)
+    for line in process.stdout:
+        if f"update {updates}/8" in line:
+            break
+    process.kill()
+    process.wait()
+    assert run(*flags, "--resume", "auto", "--checkpoint-every", "1") == 0, f"killed at update {updates}"
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_sigterm_and_ctrl_c_end_a_process_with_status_75(flags, tmp_path):
+    command = [sys.executable, str(CLASSIFICATION / "train.py"), *flags, "--epochs", "200", "-j", "1"]
+    for number, name in ((signal.SIGTERM, "one"), (signal.SIGINT, "two")):
+        process = subprocess.Popen(
+            [*command, "--experiment", name], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        for line in process.stdout:
+            if "update 2/" in line:
+                break
+        os.killpg(process.pid, number)  # to the loader process too, as a scheduler or a terminal does
+        out = process.stdout.read()
+        assert process.wait(timeout=60) == EXIT_INTERRUPTED, out
+        assert re.search(rf"{number.name}: saved at update \d of epoch \d+; the same command", out)
+        assert (tmp_path / name / CHECKPOINT).is_file()
+
+
+def losses(folder, name):
+    log = (folder / name / "train.log").read_text()
+    return {int(n): float(loss) for n, loss in re.findall(r"update (\d+)/\d+, loss ([\d.]+)", log)}
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_continued_on_another_number_of_processes(digits, tmp_path, tiny_flags, run_script, before, after):
+    """The same batches, so the same losses to rounding, where nothing random is a process's own."""
+    flags = [digits, *tiny_flags, "--reprob", 0.5, "--output", tmp_path, "--lr", 1e-4, "--checkpoint-every", 1]
+    assert run(*flags, "--experiment", "whole") == 0
+
+    def part(processes):
+        flags_here = [*flags, "-b", 20 // processes, "--experiment", "moved"]
+        if processes == 1:
+            assert run(*flags_here, "--resume", "auto") == 0
+            return
+        outcome = run_script("distributed_train.sh", processes, *flags_here)
+        assert outcome.status == 0, outcome.err
+
+    part(before)
+    # go back to the checkpoint before the last: in the middle of the second epoch
+    state = torch.load(tmp_path / "moved" / PREVIOUS, weights_only=True)
+    assert (state["epoch"], state["done"]) == (1, 3)
+    shutil.copy(tmp_path / "moved" / PREVIOUS, tmp_path / "moved" / CHECKPOINT)
+    first = losses(tmp_path, "moved")
+    (tmp_path / "moved" / "train.log").unlink()
+    part(after)
+    assert "continuing at epoch 2, update 4" in (tmp_path / "moved" / "train.log").read_text()
+    # BatchNorm's statistics are a process's own, so agreement is close, not exact
+    assert first | losses(tmp_path, "moved") == pytest.approx(losses(tmp_path, "whole"), rel=0.02)
+
+
+def test_an_ended_run_says_so(undisturbed, digits, tmp_path, flags, capsys):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    before = (folder / CHECKPOINT).read_bytes()
+    assert run(*flags, "--resume", "auto") == 0
+    assert "this run has ended already" in capsys.readouterr().out
+    assert (folder / CHECKPOINT).read_bytes() == before
+
+
+def test_changed_settings_are_refused_by_name(undisturbed, tmp_path, flags, run_main):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    outcome = run_main(train, *flags, "--resume", "auto", "--lr", 1, "--mixup", 0.1, "-b", 10)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "lr was 0.002, is 1.0; mixup was 0.8, is 0.1; total_batch was 20, is 10" in outcome.err
+    assert (
+        run(*flags, "--resume", "auto", "--log-interval", 2, "--epochs", 3, "-j", 1, "-b", 10, "--grad-accum-steps", 2)
+        == 0
+    )
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(flags, tmp_path, undisturbed, damage, capsys):
+    training = train.Training(parse_settings([*flags, "--checkpoint-every", "1"]))
+    check_in = training.check_in
+
+    def stop_at_update_6(unreadable):
+        check_in(unreadable)
+        if training.update == 6:
+            raise Interrupted
+
+    training.check_in = stop_at_update_6
+    assert training.run() == EXIT_INTERRUPTED
+    path = tmp_path / "run" / CHECKPOINT
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert run(*flags, "--checkpoint-every", "1", "--resume", "auto") == 0
+    assert "trying the checkpoint before it" in capsys.readouterr().out
+    assert (tmp_path / "run" / f"{CHECKPOINT}.damaged").exists()
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_a_bad_number_leaves_the_update_out(flags, tmp_path):
+    training = train.Training(parse_settings(flags))
+    task = training.task.forward
+    before = []
+
+    def forward(images, target):
+        result = task(images, target)
+        if training.update == 3:
+            before.append({name: value.clone() for name, value in training.task.trainable_module.state_dict().items()})
+            result["loss"] = result["loss"] * torch.nan
+        if training.update == 4 and len(before) == 1:
+            before.append(training.task.trainable_module.state_dict())
+            for name, value in before[0].items():
+                if "running" not in name and "num_batches" not in name:
+                    assert torch.equal(value, before[1][name]), name
+        return result
+
+    training.task.forward = forward
+    assert training.run() == 0
+    assert len(before) == 2
+    assert training.bad_updates == 1
+    assert training.bad_in_a_row == 0
+    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    assert "1 updates left out" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_bad_numbers_without_end_stop_the_run_and_leave_the_checkpoint(flags, tmp_path):
+    training = train.Training(parse_settings([*flags, "--epochs", "4"]))
+    task = training.task.forward
+
+    def forward(images, target):
+        result = task(images, target)
+        if training.update >= 5:
+            result["loss"] = result["loss"] * torch.inf
+        return result
+
+    training.task.forward = forward
+    assert training.run() == EXIT_DIVERGED
+    last, diverged = (torch.load(tmp_path / "run" / name, weights_only=True) for name in (CHECKPOINT, DIVERGED))
+    assert diverged["bad"] == [10, 10]
+    assert diverged["update"] == 15
+    assert last["update"] == 12  # of the last whole epoch: its weights are still those of update 5
+    assert "try a lower --lr" in (tmp_path / "run" / "train.log").read_text()
+    for state in (last, diverged):
+        assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_an_unreadable_image_is_replaced_and_counted(digits_copy, tmp_path, tiny_flags, capsys):
+    broken = digits_copy / "train" / "3" / "00000.png"
+    broken.write_bytes(b"no image")
+    flags = [digits_copy, *tiny_flags, "--output", tmp_path, "--max-unreadable", 0.05]
+    assert run(*flags, "--experiment", "alone") == 0
+    assert capsys.readouterr().out.count(f"cannot decode {broken}") == 2  # once an epoch
+    assert run(*flags, "--experiment", "worker", "-j", 1) == 0
+    alone, worker = (torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("alone", "worker"))
+    for name, value in alone["state_dict"].items():
+        assert torch.equal(value, worker["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monkeypatch, fault, capsys):
+    training = train.Training(parse_settings([*flags, "--checkpoint-every", "1"]))
+    save, folder = torch.save, tmp_path / "run"
+    good = []
+
+    def torch_save(state, path):
+        if state.get("update") in (2, 3):
+            if not good:
+                good.append((folder / CHECKPOINT).read_bytes())
+            if fault == "full":
+                Path(path).write_bytes(b"half")
+            raise OSError(28 if fault == "full" else 30, "No space left on device" if fault == "full" else "Read-only")
+        if state.get("update") == 4 and len(good) == 1:
+            good.append((folder / CHECKPOINT).read_bytes())
+        return save(state, path)
+
+    monkeypatch.setattr(torch, "save", torch_save)
+    assert training.run() == 0
+    assert good[0] == good[1]  # untouched by the saves that failed
+    assert not list(folder.glob(".*.tmp"))
+    assert capsys.readouterr().out.count("the run goes on, the next save tries again") == 2
+    assert torch.load(folder / CHECKPOINT, weights_only=True)["update"] == 8
+
+
+def rank_of(process):
+    """RANK of a process that torchrun started, None for others and for those that are gone."""
+    try:
+        variables = (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")), None)
+
+
+def kill_rank(rank, folder):
+    """Kill -9 the training process of that rank whose run is in the folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        if rank_of(process) == rank and str(folder).encode() in (process / "cmdline").read_bytes():
+            os.kill(int(process.name), signal.SIGKILL)
+            return
+    pytest.fail(f"no process of rank {rank}")
+
+
+@pytest.fixture
+def launch(flags):
+    """Start distributed_train.sh with two processes, and read its output to a line that holds a text."""
+
+    def start(*more, until="update 3/", **environment):
+        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+        process = subprocess.Popen(
+            ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", *more],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            if until in line:
+                return process
+        pytest.fail(process.stderr.read())
+
+    return start
+
+
+def test_a_killed_process_is_started_again_and_the_weights_are_the_same(launch, tmp_path):
+    process = launch("--checkpoint-every", "1", MAX_RESTARTS="1")
+    kill_rank(1, tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "continuing at epoch" in out
+    (tmp_path / "run").rename(tmp_path / "killed")
+    process = launch()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert_same_weights(tmp_path / "killed", tmp_path / "run")
+
+
+def test_a_dead_process_ends_the_others_and_is_named(launch, tmp_path):
+    process = launch("--epochs", "500", MAX_RESTARTS="0")
+    kill_rank(1, tmp_path)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode not in (0, EXIT_INTERRUPTED)
+    assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s*\n\s*exitcode\s*: -9", err), err
+
+
+def test_sigterm_to_the_launcher_saves_and_exits_with_75(launch, tmp_path):
+    process = launch("--epochs", "500")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, err
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
+
+
+def test_check_data_lists_what_cannot_be_decoded(digits_copy, run_main):
+    from litvit.training import check_data
+
+    assert run_main(check_data, digits_copy, "-j", 1).status == 0
+    Image.new("RGB", (9, 9)).save(digits_copy / "val" / "3" / "half.jpg")
+    content = (digits_copy / "val" / "3" / "half.jpg").read_bytes()
+    (digits_copy / "val" / "3" / "half.jpg").write_bytes(content[: len(content) // 2])
+    outcome = run_main(check_data, digits_copy, "-j", 1)
+    assert outcome.status == 1
+    assert re.search(r"cannot read the image .*val/3/half.jpg", outcome.out)
+    assert "80 + 41 images in 10 classes: 1 cannot be decoded" in outcome.out
