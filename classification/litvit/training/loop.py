@@ -421,10 +421,11 @@ class Training:
 
     def validate(self) -> dict[str, float]:
         """Validate the model, or its average where there is one."""
-        if self.distributed:  # every process has BatchNorm statistics of its own
-            distribute_bn(self.task.get_trainable_module(), self.world_size, reduce=True)
+        if self.distributed:
+            # every process has BatchNorm statistics of its own; the first one's count, as in a checkpoint and in DDP
+            distribute_bn(self.task.get_trainable_module(), self.world_size, reduce=False)
             if self.task.has_ema():
-                distribute_bn(self.task.get_trainable_module(ema=True), self.world_size, reduce=True)
+                distribute_bn(self.task.get_trainable_module(ema=True), self.world_size, reduce=False)
         model = self.task.get_eval_model(ema=self.task.has_ema())
         if self.distributed:
             model = getattr(model, "module", model)  # no collectives of DDP: ranks may have batches of other sizes
