@@ -15,9 +15,10 @@ import torch
 import train
 from PIL import Image
 
+from litvit import cli
 from litvit.training.recipe import parse_settings
 from litvit.training.state import CHECKPOINT, DIVERGED, PREVIOUS
-from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted
+from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
 
 CLASSIFICATION = Path(train.__file__).parent
 # everything random is on: repeated augmentation, RandAugment, erasing, mixup, cutmix, stochastic depth, dropout
@@ -131,6 +132,21 @@ def test_sigterm_and_ctrl_c_end_a_process_with_status_75(flags, tmp_path):
         assert process.wait(timeout=60) == EXIT_INTERRUPTED, out
         assert re.search(rf"{number.name}: saved at update \d of epoch \d+; the same command", out)
         assert (tmp_path / name / CHECKPOINT).is_file()
+
+
+def test_a_second_ctrl_c_leaves_at_once(capsys):
+    def main(_):
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    assert exit_.value.code == cli.EXIT_CTRL_C == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def losses(folder, name):
