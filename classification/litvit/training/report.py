@@ -1,8 +1,10 @@
 """What a run tells while it trains: log lines or a progress bar, TensorBoard, summary.csv."""
 
+import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from timm.utils import trim_summary, update_summary
@@ -17,6 +19,7 @@ def set_up_logging(folder: Path | None, primary: bool) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and primary:
         handlers.append(logging.FileHandler(folder / "train.log"))
+    logging.raiseExceptions = False  # a full disk under the log file is no reason for a traceback a line
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=handlers, force=True)
     logger.setLevel(logging.INFO if primary else logging.WARNING)
 
@@ -37,9 +40,23 @@ class Report:
         self.summary = folder / "summary.csv"
         self.tensorboard = None
         if primary:
-            trim_summary(str(self.summary), start_epoch)
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            with self._logs_never_stop_a_run():
+                trim_summary(str(self.summary), start_epoch)
+                self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
         self.start_time, self.start_update, self.images_per_second = time.perf_counter(), None, 0.0
+
+    @contextlib.contextmanager
+    def _logs_never_stop_a_run(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("cannot write logs: %s", error)
+
+    def _scalars(self, update: int, **values: float) -> None:
+        if self.tensorboard is not None:
+            with self._logs_never_stop_a_run():
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(name.replace("_", "/", 1), value, update)
 
     def bar(self, epoch: int, epochs: int, total: int, done: int) -> tqdm:
         """A progress bar of one epoch; it shows nothing where there is no terminal."""
@@ -81,9 +98,7 @@ class Report:
                 rate,
                 left,
             )
-        self.tensorboard.add_scalar("train/loss", loss, update)
-        self.tensorboard.add_scalar("train/lr", lr, update)
-        self.tensorboard.add_scalar("train/images_per_second", rate, update)
+        self._scalars(update, train_loss=loss, train_lr=lr, train_images_per_second=rate)
 
     def epoch(
         self, epoch: int, update: int, train: dict[str, float], val: dict[str, float], lr: float, best: float
@@ -109,15 +124,17 @@ class Report:
             val["top5"],
             best,
         )
-        update_summary(epoch, train, val, str(self.summary), lr=lr)
-        for name, value in val.items():
-            self.tensorboard.add_scalar(f"val/{name}", value, update)
-        self.tensorboard.flush()
+        self._scalars(update, **{f"val_{name}": value for name, value in val.items()})
+        with self._logs_never_stop_a_run():
+            update_summary(epoch, train, val, str(self.summary), lr=lr)
+            if self.tensorboard is not None:
+                self.tensorboard.flush()
 
     def close(self) -> None:
         """Write out what is left."""
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self._logs_never_stop_a_run():
+                self.tensorboard.close()
 
 
 def _duration(seconds: float) -> str:

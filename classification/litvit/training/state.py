@@ -111,18 +111,22 @@ def load_last_checkpoint(folder: Path, set_aside: bool) -> dict[str, Any] | None
     Raises:
         InputError: there are checkpoints, and none is good.
     """
-    reasons = []
+    damaged, reasons = [], []
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
         if not path.exists():
             continue
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
         except InputError as error:
+            damaged.append(path)
             reasons.append(str(error))
-            logger.warning("%s; trying the checkpoint before it", error)
+            continue
+        for path, reason in zip(damaged, reasons, strict=True):
+            logger.warning("%s; trying the checkpoint before it", reason)
             if set_aside:
                 with contextlib.suppress(OSError):
                     path.rename(path.with_name(f"{path.name}.damaged"))
+        return state
     if reasons:
         raise InputError(f"{folder} holds no good checkpoint: {'; '.join(reasons)}")
     return None

@@ -350,6 +350,17 @@ def launch(flags):
     return start
 
 
+def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("litvit.training.report.update_summary", full)
+    monkeypatch.setattr("litvit.training.report.SummaryWriter.add_scalar", full)
+    assert run(*flags) == 0
+    assert "cannot write logs: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] == 8
+
+
 def test_a_killed_process_is_started_again_and_the_weights_are_the_same(launch, tmp_path):
     process = launch("--checkpoint-every", "1", MAX_RESTARTS="1")
     kill_rank(1, tmp_path)

@@ -7,6 +7,7 @@ import yaml
 from litvit.errors import InputError
 from litvit.training.state import (
     load_checkpoint,
+    load_last_checkpoint,
     read_description,
     replace_file,
     resumed_folder,
@@ -18,10 +19,38 @@ from litvit.training.state import (
 
 def test_checkpoint_round_trip(tmp_path):
     state = {"optimizer": {"step": 3}, "state_dict": {"w": torch.arange(3.0)}, "description": {"mean": (0.5, 0.5)}}
-    save_checkpoint(tmp_path / "last.pth", state)
+    save_checkpoint(tmp_path, state)
     loaded = load_checkpoint(tmp_path / "last.pth")
     assert torch.equal(loaded["state_dict"]["w"], torch.arange(3.0))
     assert loaded["description"]["mean"] == (0.5, 0.5)
+
+
+def test_the_checkpoint_before_is_kept(tmp_path):
+    for update in (1, 2, 3):
+        save_checkpoint(tmp_path, {"optimizer": {}, "update": update})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pth", "previous.pth"]
+    assert load_checkpoint(tmp_path / "previous.pth")["update"] == 2
+    assert load_last_checkpoint(tmp_path, set_aside=True)["update"] == 3
+    for name in ("last.pth", "previous.pth"):
+        (tmp_path / name).write_bytes(b"damaged")
+    for _ in range(2):  # it stays so: no run starts over them
+        with pytest.raises(InputError, match="holds no good checkpoint") as error:
+            load_last_checkpoint(tmp_path, set_aside=True)
+        assert "\n" not in str(error.value)
+
+
+def test_every_flipped_bit_of_the_weights_is_noticed(tmp_path):
+    save_checkpoint(tmp_path, {"optimizer": {}, "state_dict": {"w": torch.randn(64)}})
+    path = tmp_path / "last.pth"
+    content = path.read_bytes()
+    weights = torch.load(path, weights_only=True)["state_dict"]["w"].numpy().tobytes()
+    start = content.index(weights)
+    for offset in range(0, len(weights), 16):
+        flipped = bytearray(content)
+        flipped[start + offset] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(InputError):
+            load_checkpoint(path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -38,7 +67,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
-    save_checkpoint(tmp_path / "weights.pth", {"w": torch.ones(3)})
+    torch.save({"w": torch.ones(3)}, tmp_path / "weights.pth")
     (tmp_path / "text.pth").write_text("text")
     for name, says in (("weights.pth", "not a full checkpoint"), ("text.pth", "no checkpoint, or"), ("none.pth", "at")):
         with pytest.raises(InputError, match=says) as error:
