@@ -26,6 +26,9 @@ if [[ -z ${PYTHON:-} && -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} && -x $here/
     python=$here/../.venv/bin/python
 fi
 
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
+    fail "$python has no torch: make the project's environment with setup_env.sh, or name another Python with PYTHON"
+
 nodes=${NNODES:-1}
 if [[ $nodes -gt 1 ]]; then
     [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] || fail "NNODES=$nodes needs NODE_RANK and MASTER_ADDR too"
@@ -59,12 +62,16 @@ trap 'rm -f "$LITVIT_STATUS_FILE"' EXIT
         "$here/train.py" "$@"
 ) &
 torchrun=$!
-for signal in TERM INT USR1; do
-    trap "pkill -$signal -P $torchrun || true" "$signal"
-done
+stop=""
+trap 'stop=yes' TERM INT USR1
 status=0
 while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends the wait, not the run
     wait "$torchrun" && status=0 || status=$?
+    while [[ -n $stop ]] && kill -0 "$torchrun" 2>/dev/null; do # again and again: workers that start up do not listen yet
+        pkill -TERM -P "$torchrun" || true
+        sleep 1
+    done
 done
+[[ -z $stop ]] || { wait "$torchrun" && status=0 || status=$?; }
 [[ ! -s $LITVIT_STATUS_FILE ]] || status=$(<"$LITVIT_STATUS_FILE")
 exit "$status"

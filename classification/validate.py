@@ -10,15 +10,23 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
 import torch
-from timm.data import RealLabelsImagenet, resolve_data_config
+from timm.data import RealLabelsImagenet
 
 from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, model_name, run
 from litvit.errors import InputError
-from litvit.training.data import class_names, eval_loader, open_images, train_classes
+from litvit.training.data import class_names, eval_loader, open_for_evaluation, train_classes
 from litvit.training.evaluate import evaluate
-from litvit.training.model import autocast_context, build_model, choose_device
-from litvit.training.recipe import HelpFormatter, add_data_flags, add_model_flags, add_precision_flags
+from litvit.training.model import autocast_context, build_model, choose_device, data_settings
+from litvit.training.recipe import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    HelpFormatter,
+    add_data_flags,
+    add_model_flags,
+    add_precision_flags,
+    check_range,
+)
 from litvit.training.state import read_description, replace_file
 
 
@@ -51,7 +59,12 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError("which model? --model NAME")
     model_name(settings.model)
     settings.model_kwargs = dict(settings.model_kwargs)
-    settings.val_batch_size, settings.seed = None, 0
+    settings.val_batch_size, settings.seed, settings.classes = None, 0, description.get("classes")
+    check_range(settings, POSITIVE, 1, None)
+    check_range(settings, NOT_NEGATIVE, 0, None)
+    results = Path(settings.results_file or "result.json")
+    if not results.parent.is_dir() or results.is_dir():
+        raise InputError(f"--results-file {results}: name a file in a folder that is there")
     return settings
 
 
@@ -59,20 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     settings = parse_settings(argv)
     device = choose_device(settings.device)
-    images = open_images(
-        settings.data_dir,
-        settings.val_split,
-        settings,
-        or_itself=True,
-        classes=train_classes(settings),
-        num_samples=settings.val_num_samples,
-    )
+    images = open_for_evaluation(settings, settings.classes)
     classes = class_names(images)
     counted = max(classes.values()) + 1 if classes else None
     num_classes = settings.num_classes or counted
     if num_classes is None:
         raise InputError(f"--dataset {settings.dataset} does not say how many classes it has: give --num-classes")
-    if counted and counted != num_classes:
+    numbered = settings.classes or settings.class_map or train_classes(settings)
+    if counted and (counted > num_classes or (counted < num_classes and not numbered)):
         raise InputError(
             f"{settings.data_dir} has {counted} classes, the model {num_classes}: --class-map FILE says which is which"
         )
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to(device)
     if settings.torchcompile:
         model = torch.compile(model, backend=settings.torchcompile)
-    data_config = resolve_data_config(vars(settings), model=model)
+    data_config = data_settings(settings, model)
     loader = eval_loader(images, settings, data_config, device)
     real_labels = (
         real_imagenet_labels(images.filenames(), settings.real_labels) if settings.real_labels is not None else None

@@ -148,11 +148,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
     add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="further arguments of the model")
     add("--device", metavar="NAME", help="cuda, cuda:1, cpu ... (cuda where there is one)")
+    add("--mean", type=float, nargs=3, metavar="X", help="normalisation (as trained)")
+    add("--std", type=float, nargs=3, metavar="X", help="normalisation (as trained)")
     description = read_description(parser.parse_args(argv).resume)
     parser.set_defaults(
         model=description.get("model"),
         img_size=[description["img_size"]] if "img_size" in description else None,
         model_kwargs=list(description.get("model_kwargs", {}).items()),
+        mean=description.get("mean"),
+        std=description.get("std"),
     )
     args = parser.parse_args(argv)
     if args.model is None:
@@ -177,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     height, width = args.img_size or model.img_size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     cfg = model.pretrained_cfg
-    pixels = normalize(to_tensor(image), cfg["mean"], cfg["std"]).unsqueeze(0).to(device)
+    pixels = normalize(to_tensor(image), args.mean or cfg["mean"], args.std or cfg["std"]).unsqueeze(0).to(device)
     locations = sampling_locations(predict_offsets(model, pixels))[0].cpu()
 
     folder = args.output / Path(args.vis_image).stem

@@ -184,7 +184,7 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
         refused = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
         if _is_pickle(path) or (isinstance(refused, pickle.UnpicklingError) and "global" in str(refused).lower()):
             raise InputError(
-                f"{path} holds code beside weights; it was not run: ask for a file of weights alone (.safetensors)"
+                f"{path} is a plain pickle or holds code, which was not run: ask for weights alone (.safetensors)"
             ) from error
         raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
 

@@ -94,6 +94,29 @@ def test_imagenet_v2_folder_is_numbered_by_name(digits, tiny, weights, tmp_path,
     assert json.loads(outcome.out)["top1"] == pytest.approx(expected(tiny, digits / "val")[0], abs=1e-3)
 
 
+def test_classes_are_numbered_as_in_training(digits_copy, tiny, tmp_path, run_main):
+    """A val/ that lacks a class keeps the numbers of the checkpoint's; one that has another is refused."""
+    path = tmp_path / "named.safetensors"
+    description = {"model": "lit_ti", "img_size": 32, "num_classes": 10, "crop_pct": 1.0, "model_kwargs": KWARGS}
+    save_weights(path, tiny.state_dict(), description | {"classes": [str(digit) for digit in range(10)]})
+    shutil.rmtree(digits_copy / "train")
+    shutil.rmtree(digits_copy / "val" / "4")
+    outcome = run_main(validate, digits_copy, "--checkpoint", path, "-j", 0)
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["top1"] == pytest.approx(expected(tiny, digits_copy / "val")[0], abs=1e-3)
+    (digits_copy / "val" / "3").rename(digits_copy / "val" / "cat")
+    outcome = run_main(validate, digits_copy, "--checkpoint", path, "-j", 0)
+    assert (outcome.status, outcome.err) == (2, "error: val has 1 classes that the checkpoint lacks: cat\n")
+
+
+def test_a_full_checkpoint_knows_its_model(digits, tiny, tmp_path, run_main):
+    description = {"model": "lit_ti", "img_size": 32, "num_classes": 10, "crop_pct": 1.0, "model_kwargs": KWARGS}
+    torch.save({"state_dict": tiny.state_dict(), "optimizer": {}, "description": description}, tmp_path / "last.pth")
+    outcome = run_main(validate, digits, "--checkpoint", tmp_path / "last.pth", "-j", 0)
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["top1"] == pytest.approx(expected(tiny, digits / "val")[0], abs=1e-3)
+
+
 def test_imagenet_real_labels(digits, tiny, weights, tmp_path, run_main):
     folder = tmp_path / "data" / "val"
     labels = []
@@ -132,9 +155,11 @@ def norm(model):
         (["--checkpoint", "{tmp}/classes.pth"], "holds 7 classes, the model has 10"),
         (["--checkpoint", "{weights}", "--model", "lit_x"], "unknown model 'lit_x'"),
         (["--checkpoint", "{weights}", "--img-size", "31"], "multiple of 32"),
-        (["--checkpoint", "{weights}", "--num-classes", "12"], "has 10 classes, the model 12"),
+        (["--checkpoint", "{weights}", "--num-classes", "12"], "holds 10 classes, the model has 12"),
         (["--checkpoint", "{weights}", "--real-labels", "{tmp}/none.json"], "--real-labels .*none.json"),
         (["--checkpoint", "{weights}", "--real-labels"], "real labels are of ImageNet's 50,000"),
+        (["--checkpoint", "{weights}", "--results-file", "{tmp}/none/result.json"], "--results-file .*name a file"),
+        (["--checkpoint", "{weights}", "-b", "0"], "--batch-size must be at least 1"),
         (["--checkpoint", "{weights}", "--class-map", "{tmp}/none.txt"], "cannot read the val images"),
     ],
 )

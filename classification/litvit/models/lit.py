@@ -187,7 +187,7 @@ class LIT(nn.Module):
         out_norms: indices of stages whose dense output gets a LayerNorm of its own; the next stage reads it without.
 
     Raises:
-        InputError: an img_size, global_pool or out_norms that does not fit.
+        InputError: an img_size, global_pool, position, num_heads or out_norms that does not fit.
     """
 
     def __init__(
@@ -211,6 +211,10 @@ class LIT(nn.Module):
         self.img_size = to_2tuple(img_size)
         if any(side < 32 or side % 32 for side in self.img_size):
             raise InputError(f"img_size must be a multiple of 32 in both directions, got {self.img_size}")
+        if position not in ("absolute", "relative"):
+            raise InputError(f"position must be 'absolute' or 'relative', got {position!r}")
+        if any(heads and dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
+            raise InputError(f"num_heads {tuple(num_heads)} must divide dims {tuple(dims)}, 0 for stages of MLP blocks")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]

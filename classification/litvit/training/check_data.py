@@ -1,7 +1,6 @@
 """Decode every image of a data folder before a run: python -m litvit.training.check_data DATA_DIR."""
 
 import argparse
-import os
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from tqdm import tqdm
 
 from litvit.cli import ArgumentParser, run
 from litvit.errors import InputError
-from litvit.training.data import Images, open_train_and_val
+from litvit.training.data import Images, loader_workers, open_train_and_val
 from litvit.training.recipe import HelpFormatter, add_data_flags
 
 
@@ -69,14 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(in_chans=3, seed=0, train_num_samples=None)
     settings: argparse.Namespace = parser.parse_args(argv)
     train, val, num_classes = open_train_and_val(settings)
-    workers = settings.workers if settings.workers is not None else os.cpu_count()
     bad = []
     for name, images in (("train", train), ("val", val)):
         if not isinstance(images, Images):
             raise InputError(
                 f"--dataset {settings.dataset} is a stream: only folders, .tar files and hfds/ are checked"
             )
-        bad += unreadable_images(images, workers, name)
+        bad += unreadable_images(images, loader_workers(settings), name)
     for line in bad:
         print(line)
     print(f"{len(train)} + {len(val)} images in {num_classes} classes: {len(bad)} cannot be decoded")

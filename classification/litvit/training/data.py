@@ -7,10 +7,11 @@ batch alone, and the random numbers of a sample, which depend on seed, epoch and
 import argparse
 import contextlib
 import os
+import pickle
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data._utils.worker import WorkerInfo
 
 from litvit.errors import InputError
 
@@ -376,7 +378,7 @@ def open_images(
         )
     except ImportError as error:
         raise InputError(f"--dataset {settings.dataset} needs a package: pip install {error.name}") from None
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, pickle.UnpicklingError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot read the {split} images of {place}: {message}") from None
     return dataset if isinstance(dataset, IterableDataset) else Images(dataset, settings.seed)
@@ -389,17 +391,56 @@ def class_names(dataset: Dataset) -> dict[str, int] | None:
     return dict(names) if names else None
 
 
-def train_classes(settings: argparse.Namespace) -> dict[str, int] | None:
-    """The classes of a data folder's train/, so that a val/ which lacks one of them is numbered right.
+def class_list(dataset: Dataset) -> list[str] | None:
+    """Class names in the order of their numbers, or None where a reader does not say, or leaves numbers out."""
+    names = {number: str(name) for name, number in (class_names(dataset) or {}).items()}
+    return [names[number] for number in range(len(names))] if names.keys() == set(range(len(names))) else None
 
-    Returns:
-        Class name to number; None where there is no train/ with folders in it, or `class_map` says it.
-    """
-    folder = Path(settings.data_dir) / "train"
+
+def train_classes(settings: argparse.Namespace) -> list[str] | None:
+    """Names of the class folders of a data folder's train/; None where there are none, or `class_map` says it."""
+    try:
+        folder = find_split(settings.data_dir, "train")
+    except InputError:
+        return None
     if settings.dataset or settings.class_map or not folder.is_dir():
         return None
-    names = sorted((path.name for path in folder.glob("[!.]*") if path.is_dir()), key=natural_key)
-    return {name: number for number, name in enumerate(names)} or None
+    paths = (path for path in folder.glob("[!.]*") if path.is_dir())
+    return sorted((path.name for path in paths if next(path.iterdir(), None)), key=natural_key) or None
+
+
+def refuse_unknown_classes(found: Iterable[str], known: Iterable[str], where: str, source: str) -> None:
+    """Raise InputError if there are classes that the model does not know."""
+    unknown = sorted({str(name) or "(no folder)" for name in set(found) - set(known)})
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise InputError(f"{where} has {len(unknown)} classes that {source} lacks: {shown}")
+
+
+def open_for_evaluation(settings: argparse.Namespace, classes: list[str] | None) -> Dataset:
+    """Open the images to evaluate on, with the model's class numbers.
+
+    Args:
+        settings: flags of validate.py.
+        classes: the model's classes in the order of their numbers; None for those of train/ beside.
+
+    Raises:
+        InputError: no images, or classes that the model does not know.
+    """
+
+    def open_(numbers: dict[str, int] | None = None) -> Dataset:
+        split, length = settings.val_split, settings.val_num_samples
+        return open_images(settings.data_dir, split, settings, or_itself=True, classes=numbers, num_samples=length)
+
+    images = open_()
+    found = [str(name) for name in class_names(images) or ()]
+    known = classes or train_classes(settings)
+    if settings.class_map or not found or not known or found == known:
+        return images
+    if len(found) == len(known) and not set(found) & set(known):
+        return images  # as many, all with other names: ImageNet-V2's folders are numbers
+    refuse_unknown_classes(found, known, settings.val_split, "the checkpoint" if classes else "train/")
+    return open_({name: number for number, name in enumerate(known)})
 
 
 def open_train_and_val(settings: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
@@ -421,12 +462,7 @@ def open_train_and_val(settings: argparse.Namespace) -> tuple[Dataset, Dataset, 
     val = open_images(root, settings.val_split, settings, num_samples=settings.val_num_samples)
     classes, val_classes = class_names(train), class_names(val)
     if classes and val_classes and classes != val_classes:
-        unknown = sorted(set(val_classes) - set(classes))
-        if unknown:
-            shown = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
-            raise InputError(
-                f"{settings.val_split} has {len(unknown)} classes that {settings.train_split} lacks: {shown}"
-            )
+        refuse_unknown_classes(val_classes, classes, settings.val_split, settings.train_split)
         val = open_images(root, settings.val_split, settings, classes=classes)
     counted = max(classes.values()) + 1 if classes else None
     if settings.num_classes is None and counted is None:
@@ -480,13 +516,19 @@ def train_loader(
             num_workers=workers,
             pin_memory=device.type == "cuda",
             device=device,
+            worker_seeding=seed_worker,
             **augmentation,
             **normalisation,
         )
         return StreamedBatches(loader, settings.grad_accum_steps)
-    dataset.transform = create_transform(
-        input_size, is_training=True, use_prefetcher=True, **augmentation, **normalisation
-    )
+    try:
+        dataset.transform = create_transform(
+            input_size, is_training=True, use_prefetcher=True, **augmentation, **normalisation
+        )
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"--aa {settings.aa}, --train-interpolation {settings.train_interpolation} cannot augment images: {error!r}"
+        ) from None
     if settings.reprob > 0:
         dataset.erasing = RandomErasing(settings.reprob, mode=settings.remode, max_count=settings.recount, device="cpu")
     batches = EpochBatches(
@@ -520,6 +562,12 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def seed_worker(info: WorkerInfo) -> int:
+    """The seed of a loader process of timm's, which leaves signals to the trainer too."""
+    leave_signals_to_the_trainer(info.id)
+    return info.seed
 
 
 def _end_with_the_trainer() -> None:
@@ -578,6 +626,7 @@ def eval_loader(
         distributed=distributed,
         pin_memory=device.type == "cuda",
         device=device,
+        worker_seeding=seed_worker,
     )
 
 

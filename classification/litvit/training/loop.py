@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from timm.data import resolve_data_config
 from timm.task import ClassificationTask
 from timm.utils import distribute_bn, get_state_dict, unwrap_model
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
@@ -21,9 +20,17 @@ from torch.utils.data import IterableDataset
 
 from litvit.checkpoints import load_weights
 from litvit.errors import InputError
-from litvit.training.data import Stream, create_mixup, eval_loader, open_train_and_val, seed_everything, train_loader
+from litvit.training.data import (
+    Stream,
+    class_list,
+    create_mixup,
+    eval_loader,
+    open_train_and_val,
+    seed_everything,
+    train_loader,
+)
 from litvit.training.evaluate import evaluate
-from litvit.training.model import autocast_context, build_model, choose_device
+from litvit.training.model import autocast_context, build_model, choose_device, data_settings
 from litvit.training.optimizer import create_optimizer, create_scheduler, learning_rates
 from litvit.training.recipe import interval
 from litvit.training.report import Report, set_up_logging
@@ -34,6 +41,7 @@ from litvit.training.state import (
     SETTINGS,
     holds_run,
     load_last_checkpoint,
+    lock_folder,
     resumed_folder,
     save_checkpoint,
     save_settings,
@@ -61,16 +69,16 @@ class Training:
         self.settings = settings
         self.primary = world_info_from_env()[1] == 0
         self.folder = run_folder(settings, self.primary)
-        resumed = load_last_checkpoint(self.folder, set_aside=self.primary) if settings.resume else None
+        set_aside = self.primary and not settings.dry_run
+        resumed = load_last_checkpoint(self.folder, set_aside) if settings.resume else None
         train_images, val_images, num_classes = open_train_and_val(settings)
         device = choose_device(settings.device)
         seed_everything(Stream.WEIGHTS, settings.seed)
         model = build_model(settings, num_classes)
         if settings.initial_checkpoint and resumed is None:
             load_weights(model, settings.initial_checkpoint, new_classifier=True)
-        model.to(device)
 
-        process = init_distributed_device_so(str(device))
+        process = init_distributed_device_so(device.type if device.index is None else str(device))
         self.device = torch.device(process["device"])
         self.rank, self.world_size = process["global_rank"], settings.dry_run or process["world_size"]
         self.distributed = process["distributed"]
@@ -79,7 +87,7 @@ class Training:
         if self.distributed and self.agreement.sum(resumed is not None)[0] not in (0, self.world_size):
             raise InputError(f"not every process finds a checkpoint in {self.folder}: all nodes must share --output")
 
-        data_config = resolve_data_config(vars(settings), model=model)
+        data_config = data_settings(settings, model)
         self.train_batches = train_loader(train_images, settings, data_config, self.device, self.rank, self.world_size)
         self.val_batches = eval_loader(val_images, settings, data_config, self.device, self.distributed)
         self.mixup = create_mixup(settings, num_classes)
@@ -89,6 +97,7 @@ class Training:
             "model": settings.model,
             "model_kwargs": settings.model_kwargs,
             "num_classes": num_classes,
+            "classes": class_list(train_images),
             "in_chans": settings.in_chans,
             "img_size": data_config["input_size"][-1],
             **{name: data_config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
@@ -138,7 +147,7 @@ class Training:
             "best_top1": self.best_top1,
             "loss_sum": self._mean_over_processes(self.loss_sum).item(),
             "bad": [self.bad_in_a_row.item(), self.bad_updates.item()],
-            "unreadable": self.unreadable,
+            "unreadable": self.agreement.join(self.unreadable),
             "total_batch": self.total_batch,
             "num_images": len(self.train_batches.dataset),
             "settings": self._settings_of_the_run(),
@@ -169,7 +178,8 @@ class Training:
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.update, self.done = state["epoch"], state["update"], state["done"]
-        self.best_top1, self.unreadable = state["best_top1"], state["unreadable"]
+        self.best_top1 = state["best_top1"]
+        self.unreadable = state["unreadable"] if self.primary else []  # the processes' lists are joined in a checkpoint
         self.loss_sum.fill_(state["loss_sum"])
         for tensor, number in zip((self.bad_in_a_row, self.bad_updates), state["bad"], strict=True):
             tensor.fill_(number)
@@ -184,9 +194,9 @@ class Training:
         theirs |= {"total_batch": state["total_batch"], "number of training images": state["num_images"]}
         ours |= {"total_batch": self.total_batch, "number of training images": len(self.train_batches.dataset)}
         changed = [
-            f"{name} was {theirs.get(name)}, is {ours.get(name)}"
-            for name in sorted({*theirs, *ours} - set(MAY_CHANGE))
-            if theirs.get(name) != ours.get(name)
+            f"{name} was {theirs[name]}, is {ours[name]}"
+            for name in sorted((theirs.keys() & ours.keys()) - set(MAY_CHANGE))
+            if theirs[name] != ours[name]
         ]
         if changed:
             raise InputError(
@@ -220,6 +230,7 @@ class Training:
         if self.primary:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(self.folder)
                 save_settings(self.folder / SETTINGS, self._settings_of_the_run())
             except OSError as error:
                 raise InputError(f"cannot write to the run's folder {self.folder}: {error.strerror}") from None
@@ -238,6 +249,8 @@ class Training:
             logger.error("%s", error)
         finally:
             report.close()
+            if self.primary:
+                lock.close()
         if status == 0:
             logger.info("the run has ended: best top1 %.2f; it is in %s", self.best_top1, self.folder)
         if self.distributed:
@@ -381,36 +394,38 @@ class Training:
         stop, due, count = self.agreement.sum(self.signals.received is not None, due, len(self.unreadable))
         limit = self.settings.max_unreadable * self.updates_per_epoch * self.total_batch
         if count > limit:
-            raise InputError(
-                f"cannot read the image{'s' * (count > 1)} {', '.join(self.unreadable[:20])} ({count:.0f} of an epoch, "
-                f"more than --max-unreadable {self.settings.max_unreadable} allows): mend it or remove it"
-            )
-        if stop or due:
             self.save()
-        if stop:
-            name = self.signals.received.name if self.signals.received else "a signal in another process"
-            logger.warning(
-                "%s: saved at update %d of epoch %d; the same command with --resume %s continues",
-                name,
-                self.done,
-                self.epoch + 1,
-                self.folder,
+            raise InputError(
+                f"cannot read the images {', '.join(self.unreadable[:20])} ({count:.0f} of an epoch, "
+                f"more than --max-unreadable {self.settings.max_unreadable} allows): mend them, and continue"
             )
+        saved = (stop or due) and self.save()
+        if stop:
+            if self.primary:
+                name = self.signals.received.name if self.signals.received else "a signal in another process"
+                place = f"saved at update {self.done} of epoch {self.epoch + 1}" if saved else "NOT saved"
+                logger.warning("%s: %s; --resume %s continues from its last checkpoint", name, place, self.folder)
             raise Interrupted
 
-    def save(self) -> None:
-        """Save the full state; a disk that does not take it is reported, and the run goes on."""
-        state = self.state_dict()
-        if self.primary:
-            self._write(save_checkpoint, self.folder, state)
-        self.last_save = time.monotonic()
+    def save(self) -> bool:
+        """Save the full state; a disk that does not take it is reported, and the run goes on.
 
-    def _write(self, write: Callable[..., None], *args: Any) -> None:
+        Returns:
+            Whether it is saved, in the first process; the others do not know.
+        """
+        state = self.state_dict()
+        saved = self.primary and self._write(save_checkpoint, self.folder, state)
+        self.last_save = time.monotonic()
+        return saved
+
+    def _write(self, write: Callable[..., None], *args: Any) -> bool:
         try:
             write(*args)
+            return True
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             logger.warning("cannot save in %s (%s): the run goes on, the next save tries again", self.folder, reason)
+            return False
 
     def _mean_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self.distributed:
@@ -447,7 +462,9 @@ class Training:
 
     def _log_start(self) -> None:
         settings = self.settings
-        logger.info("run %s, recipe %s", self.folder, settings.config or "none: the flags' defaults")
+        logger.info(
+            "run %s, data %s, recipe %s", self.folder, settings.data_dir, settings.config or "none: the flags' defaults"
+        )
         precision = settings.amp_dtype if settings.amp else "float32"
         if settings.amp and settings.amp_dtype == "float16" and self.device.type == "cpu":
             precision = "float32 (float16 needs a GPU; --amp-dtype bfloat16 works on a CPU)"
@@ -492,7 +509,6 @@ MAY_CHANGE = (
     "log_interval",
     "checkpoint_every",
     "max_unreadable",
-    "initial_checkpoint",
     "grad_checkpointing",
 )
 

@@ -2,16 +2,20 @@
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
 from litvit.errors import InputError
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
 
 
 def build_model(settings: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -32,6 +36,8 @@ def build_model(settings: argparse.Namespace, num_classes: int) -> nn.Module:
         **settings.model_kwargs,
     }
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if "features_only" in kwargs:
+        raise InputError("features_only is no classifier: leave it out of --model-kwargs")
     try:
         model = timm.create_model(settings.model, num_classes=num_classes, in_chans=settings.in_chans, **kwargs)
         if getattr(settings, "grad_checkpointing", False):
@@ -46,6 +52,31 @@ def build_model(settings: argparse.Namespace, num_classes: int) -> nn.Module:
     return model
 
 
+def data_settings(settings: argparse.Namespace, model: nn.Module) -> dict:
+    """timm's data configuration (input_size, mean, std, interpolation, crop_pct) from settings and model.
+
+    Raises:
+        InputError: mean or std for other channels, or that no image can be normalised with.
+    """
+    for name in ("mean", "std"):
+        values = getattr(settings, name)
+        if values is not None and len(values) not in (1, settings.in_chans):
+            raise InputError(f"--{name} has {len(values)} values, the images {settings.in_chans} channels (--in-chans)")
+    if settings.std is not None and min(settings.std) <= 0:
+        raise InputError(f"--std must be positive, not {settings.std}")
+    if settings.crop_pct is not None and settings.crop_pct <= 0:
+        raise InputError(f"--crop-pct must be positive, not {settings.crop_pct}")
+    config = resolve_data_config(vars(settings), model=model)
+    for name in ("mean", "std"):
+        if len(config[name]) != settings.in_chans:
+            raise InputError(
+                f"--in-chans {settings.in_chans} needs --mean and --std: the model's have {len(config[name])}"
+            )
+    if config["interpolation"] not in INTERPOLATIONS:
+        raise InputError(f"--interpolation is one of {', '.join(INTERPOLATIONS)}, not {config['interpolation']}")
+    return config
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device that `--device` names, by default CUDA where there is one.
 
@@ -54,7 +85,10 @@ def choose_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("a model cannot compute there")
+        if device.type != "cuda" or "LOCAL_RANK" not in os.environ:  # torchrun's processes get a GPU of their own later
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
     return device

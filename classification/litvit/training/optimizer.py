@@ -84,7 +84,7 @@ def create_optimizer(model: nn.Module, settings: argparse.Namespace, lr: float) 
     groups = parameter_groups(
         model, settings.weight_decay, offset_lr_scale=settings.offset_lr_scale, layer_decay=settings.layer_decay
     )
-    options = {"eps": settings.opt_eps, "betas": settings.opt_betas}
+    options = {"eps": settings.opt_eps, "betas": tuple(settings.opt_betas) if settings.opt_betas else None}
     if settings.opt.lower() in ("adam", "adamw"):
         options["fused"] = True  # torch's one-kernel step: a sixth of a small model's update on a CPU
     try:
@@ -96,7 +96,7 @@ def create_optimizer(model: nn.Module, settings: argparse.Namespace, lr: float) 
             momentum=settings.momentum,
             **{name: value for name, value in options.items() if value is not None},
         )
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise InputError(f"--opt {settings.opt}: {error}") from None
 
 
@@ -121,17 +121,20 @@ def create_scheduler(
         raise InputError(
             f"--warmup-epochs {settings.warmup_epochs} leaves nothing of --epochs {settings.epochs}: make it shorter"
         )
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        sched=settings.sched,
-        num_epochs=settings.epochs,
-        warmup_epochs=settings.warmup_epochs,
-        cooldown_epochs=settings.cooldown_epochs,
-        warmup_lr=rates["warmup_lr"],
-        min_lr=rates["min_lr"],
-        step_on_epochs=not settings.sched_on_updates,
-        updates_per_epoch=updates_per_epoch,
-    )
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer,
+            sched=settings.sched,
+            num_epochs=settings.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            cooldown_epochs=settings.cooldown_epochs,
+            warmup_lr=rates["warmup_lr"],
+            min_lr=rates["min_lr"],
+            step_on_epochs=not settings.sched_on_updates,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:
+        raise InputError(f"--sched {settings.sched}: {error}") from None
     if scheduler is None:
-        raise InputError(f"--sched {settings.sched}: timm knows no such schedule (cosine, step, poly, constant ...)")
+        raise InputError(f"--sched {settings.sched}: name one of timm's (cosine, step, poly, constant ...)")
     return scheduler, epochs

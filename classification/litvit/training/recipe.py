@@ -58,7 +58,7 @@ def interval(text: str) -> tuple[str, float]:
         value = float(number) if unit else int(number)
     except ValueError:
         value = 0
-    if value <= 0:
+    if not 0 < value < float("inf"):
         raise ValueError(f"'{text}' is neither a time (10m, 90s, 2h) nor a number of updates (500)")
     return ("seconds", value * {"s": 1, "m": 60, "h": 3600}[unit]) if unit else ("updates", value)
 
@@ -288,6 +288,8 @@ def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
 def _recipe_value(path: Path, action: argparse.Action, value: Any) -> Any:
     """Check and convert one value of a recipe as argparse would have done for its flag."""
     if value is None:
+        if action.default is not None:
+            raise InputError(f"{path}: {action.dest} needs a value")
         return None
     if isinstance(action.default, bool):
         if not isinstance(value, bool):
@@ -297,6 +299,8 @@ def _recipe_value(path: Path, action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, dict):
             raise InputError(f"{path}: model_kwargs is a mapping, not '{value}'")
         return list(value.items())
+    if isinstance(value, bool):
+        raise InputError(f"{path}: {action.dest} is no on/off setting, not '{value}'")
     many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
     if isinstance(value, list) != many or (isinstance(action.nargs, int) and len(value) != action.nargs):
         raise InputError(f"{path}: {action.dest} takes {'a list of values' if many else 'one value'}, not '{value}'")
@@ -349,30 +353,46 @@ def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return settings
 
 
+POSITIVE = (
+    *("batch_size", "val_batch_size", "grad_accum_steps", "epochs", "num_classes", "img_size", "in_chans"),
+    *("log_interval", "lr_base_size", "recount"),
+)
+NOT_NEGATIVE = (
+    *("seed", "workers", "warmup_epochs", "cooldown_epochs", "aug_repeats", "weight_decay", "mixup", "cutmix"),
+    *("clip_grad", "layer_decay", "offset_lr_scale", "lr", "lr_base", "min_lr", "warmup_lr"),
+)
+FRACTIONS = (
+    *("drop", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing"),
+    *("max_unreadable", "model_ema_decay"),
+)
+
+
+def check_range(settings: argparse.Namespace, names: Sequence[str], low: float, high: float | None) -> None:
+    """Refuse settings (those that there are, and are not None) outside of [low, high].
+
+    Raises:
+        InputError: names the flag.
+    """
+    for name in names:
+        value = getattr(settings, name, None)
+        if value is not None and not low <= value <= (high if high is not None else float("inf")):
+            limits = f"between {low} and {high}" if high is not None else f"at least {low}"
+            raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
+
+
 def check_settings(settings: argparse.Namespace) -> None:
     """Refuse values that no run can have, before anything is made.
 
     Raises:
         InputError: names the flag.
     """
-    for name in (
-        "batch_size",
-        "val_batch_size",
-        "grad_accum_steps",
-        "epochs",
-        "num_classes",
-        "img_size",
-        "log_interval",
-    ):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    for name in ("seed", "workers", "warmup_epochs", "cooldown_epochs", "aug_repeats", "weight_decay"):
-        if (getattr(settings, name) or 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative, not {getattr(settings, name)}")
-    for name in ("drop", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} is between 0 and 1, not {getattr(settings, name)}")
+    check_range(settings, POSITIVE, 1, None)
+    check_range(settings, NOT_NEGATIVE, 0, None)
+    check_range(settings, FRACTIONS, 0, 1)
+    for name in ("scale", "ratio"):
+        low, high = getattr(settings, name)
+        if not 0 < low <= high:
+            raise InputError(f"--{name} is a low and a high value above 0, not {low} {high}")
     try:
         interval(settings.checkpoint_every)
     except ValueError as error:

@@ -1,14 +1,16 @@
 """Files of a run that must never be half-written: the full checkpoint, the best weights, the settings."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -37,6 +39,9 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        mask = os.umask(0)  # some writers make files that only their owner may read
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         for place in (temporary, path.parent):
             descriptor = os.open(place, os.O_RDONLY)
             try:
@@ -72,7 +77,10 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         if (folder / CHECKPOINT).exists():  # a second name for it before its own is given away
             link = temporary.with_name(f".{PREVIOUS}.tmp")
             link.unlink(missing_ok=True)
-            os.link(folder / CHECKPOINT, link)
+            try:
+                os.link(folder / CHECKPOINT, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(folder / CHECKPOINT, link)
             os.replace(link, folder / PREVIOUS)
 
     replace_file(folder / CHECKPOINT, write)
@@ -146,7 +154,7 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict
 
 
 def read_description(path: str | Path | None) -> dict[str, Any]:
-    """What a run of ours wrote about the model into its weights' header: model, num_classes, img_size, mean, ...
+    """What a run of ours wrote about the model beside its weights: model, num_classes, classes, img_size, mean, ...
 
     Args:
         path: any checkpoint; None for none.
@@ -154,11 +162,18 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
     Returns:
         The description; empty for files of others, and for files that cannot be read (loading them will say why).
     """
-    if path is None or not str(path).endswith(".safetensors"):
+    if path is None:
         return {}
+    if not str(path).endswith(".safetensors"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return state["description"]
+        except Exception:  # not a checkpoint of a run
+            return {}
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("litvit", "{}"))
+            description = json.loads((file.metadata() or {}).get("litvit", "{}"))
+            return description if isinstance(description, dict) else {}
     except (OSError, safetensors.SafetensorError, json.JSONDecodeError):
         return {}
 
@@ -183,5 +198,22 @@ def resumed_folder(resume: str) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run's checkpoint."""
-    return (folder / CHECKPOINT).is_file() or (folder / PREVIOUS).is_file()
+    """Whether a folder holds a run: its settings or a checkpoint."""
+    return any((folder / name).is_file() for name in (SETTINGS, CHECKPOINT, PREVIOUS))
+
+
+def lock_folder(folder: Path) -> IO:
+    """Keep other processes from training in the same folder, until the file that is returned is closed or this ends.
+
+    Raises:
+        InputError: another process trains there.
+    """
+    lock = open(folder / ".lock", "w")  # noqa: SIM115 - it is to stay open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(f"another process trains in {folder}: wait for it, or choose another --experiment") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock

@@ -53,6 +53,14 @@ class Agreement:
     def __init__(self, distributed: bool):
         self.group = dist.new_group(backend="gloo") if distributed else None
 
+    def join(self, names: list[str]) -> list[str]:
+        """Join the lists of all processes; all must call it."""
+        if self.group is None:
+            return names
+        lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(lists, names, group=self.group)
+        return [name for part in lists for name in part]
+
     def sum(self, *numbers: float) -> list[float]:
         """Sum each number over all processes; all must call it."""
         if self.group is None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from litvit import cli
 from litvit.training.recipe import parse_settings
-from litvit.training.state import CHECKPOINT, DIVERGED, PREVIOUS
+from litvit.training.state import CHECKPOINT, DIVERGED, PREVIOUS, lock_folder
 from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
 
 CLASSIFICATION = Path(train.__file__).parent
@@ -130,7 +130,7 @@ def test_sigterm_and_ctrl_c_end_a_process_with_status_75(flags, tmp_path):
         os.killpg(process.pid, number)  # to the loader process too, as a scheduler or a terminal does
         out = process.stdout.read()
         assert process.wait(timeout=60) == EXIT_INTERRUPTED, out
-        assert re.search(rf"{number.name}: saved at update \d of epoch \d+; the same command", out)
+        assert re.search(rf"{number.name}: saved at update \d of epoch \d+; --resume", out)
         assert (tmp_path / name / CHECKPOINT).is_file()
 
 
@@ -348,6 +348,47 @@ def launch(flags):
         pytest.fail(process.stderr.read())
 
     return start
+
+
+def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, monkeypatch, capsys):
+    training = train.Training(parse_settings(flags))
+    step = training._step
+
+    def step_and_signal(*args):
+        step(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    training._step = step_and_signal
+    monkeypatch.setattr(torch, "save", full)
+    assert training.run() == EXIT_INTERRUPTED
+    assert "SIGTERM: NOT saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(*flags, "--resume", "auto") == 0
+
+
+def test_two_processes_cannot_train_in_one_folder(flags, tmp_path, run_main):
+    (tmp_path / "run").mkdir()
+    with lock_folder(tmp_path / "run"):
+        outcome = run_main(train, *flags)
+    assert outcome.status == 2
+    assert "another process trains in" in outcome.err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_continues(flags, tmp_path, undisturbed, run_main):
+    def killed(report):
+        raise RuntimeError("killed")
+
+    training = train.Training(parse_settings(flags))
+    training.run_epoch = killed
+    with pytest.raises(RuntimeError, match="killed"):
+        training.run()
+    assert run_main(train, *flags).status == 2  # its settings are not overwritten
+    assert run(flags[0], "--resume", tmp_path / "run") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
 
 
 def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
