@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="soak.py", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="times the run is struck, at least (20)")
     parser.add_argument("--processes", type=int, default=1, choices=[1, 2], help="training processes (1)")
-    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="epochs of the run, 12 updates each (60)")
+    parser.add_argument("--epochs", type=int, default=200, metavar="N", help="epochs of the run, 12 updates each (200)")
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="of the moments (random)")
     args = parser.parse_args(argv)
     seed = args.seed if args.seed is not None else random.randrange(10**6)

@@ -23,7 +23,7 @@ from timm.data import IterableImageDataset, Mixup, create_dataset, create_loader
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from timm.utils.misc import natural_key
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torch.utils.data._utils.worker import WorkerInfo
 
 from litvit.errors import InputError
@@ -48,25 +48,34 @@ class Stream(IntEnum):
     WEIGHTS, ORDER, SAMPLE, PASS = range(1, 5)
 
 
-def seed_everything(stream: Stream, *key: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, those of every device, from a key of numbers >= 0."""
+def _seed_processor(stream: Stream, *key: int) -> int:
     words = np.random.SeedSequence((stream, *key)).generate_state(3, np.uint32).tolist()
     random.seed(words[0])
     np.random.seed(words[1])
-    torch.manual_seed(words[2])
+    torch.default_generator.manual_seed(words[2])
+    return words[2]
+
+
+def seed_everything(stream: Stream, *key: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, those of every device, from a key of numbers >= 0."""
+    torch.manual_seed(_seed_processor(stream, *key))
 
 
 @contextlib.contextmanager
 def random_stream(stream: Stream, *key: int) -> Iterator[None]:
-    """Seed the generators from `key` for the block, and put the processor's states back after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_everything(stream, *key)
+    """Seed the processor's generators from `key` for the block; a training process gets its own states back after it."""
+    # A loader process draws nothing outside of streams: saving its states would only cost time, a sample's tenth.
+    states = None
+    if get_worker_info() is None:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    _seed_processor(stream, *key)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 class Sample(NamedTuple):
