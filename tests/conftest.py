@@ -82,7 +82,7 @@ def run_script() -> Callable[..., Outcome]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_flags() -> list[str]:
     """Flags of train.py for a tiny LIT-Ti on `digits` at 32 x 32, without the recipe's augmentation."""
     plain = "--img-size 32 -b 20 -j 0 --mixup 0 --cutmix 0 --aug-repeats 0 --reprob 0 --drop-path 0 --no-amp"

@@ -13,13 +13,10 @@ from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
-def finished_run(digits, tmp_path_factory):
+def finished_run(digits, tmp_path_factory, tiny_flags):
     """Folder of a tiny run of two epochs, and its flags."""
     folder = tmp_path_factory.mktemp("run")
-    plain = "--img-size 32 -b 20 -j 0 --mixup 0 --cutmix 0 --aug-repeats 0 --reprob 0 --drop-path 0 --no-amp"
-    schedule = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --lr 2e-3 --log-interval 1 --model-ema"
-    tiny = ["--model-kwargs", "dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
-    flags = [str(digits), "--model", "lit_ti", *plain.split(), *schedule.split(), *tiny]
+    flags = [str(digits), *tiny_flags, "--model-ema"]
     train.main([*flags, "--output", str(folder), "--experiment", "tiny"])
     return folder / "tiny", flags
 

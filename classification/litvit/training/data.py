@@ -63,7 +63,7 @@ def seed_everything(stream: Stream, *key: int) -> None:
 
 @contextlib.contextmanager
 def random_stream(stream: Stream, *key: int) -> Iterator[None]:
-    """Seed the processor's generators from `key` for the block; a training process gets its own states back after it."""
+    """Seed the processor's generators from `key` for the block; a training process gets its states back after it."""
     # A loader process draws nothing outside of streams: saving its states would only cost time, a sample's tenth.
     states = None
     if get_worker_info() is None:

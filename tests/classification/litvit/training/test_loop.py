@@ -48,14 +48,11 @@ def assert_same_weights(first, second):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(digits, tmp_path_factory):
+def undisturbed(digits, tmp_path_factory, tiny_flags):
     """Folder of the run of `flags` without any disturbance."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    plain = "--img-size 32 -b 20 -j 0 --mixup 0 --cutmix 0 --aug-repeats 0 --reprob 0 --drop-path 0 --no-amp"
-    schedule = "--epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --lr 2e-3 --log-interval 1"
-    tiny = ["--model-kwargs", "dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
-    model = ["--model", "lit_ti", *plain.split(), *schedule.split(), *tiny]
-    training = train.Training(parse_settings([str(digits), *model, *RANDOM.split(), "--output", str(folder)]))
+    output = tmp_path_factory.mktemp("undisturbed")
+    flags = [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(output)]
+    training = train.Training(parse_settings(flags))
     assert training.run() == 0
     return training.folder
 
