@@ -15,8 +15,9 @@ from timm.data import RealLabelsImagenet
 from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, model_name, run
 from litvit.errors import InputError
-from litvit.training.data import class_names, eval_loader, open_for_evaluation, train_classes
+from litvit.training.data import class_names, open_for_evaluation, train_classes
 from litvit.training.evaluate import evaluate
+from litvit.training.loaders import eval_loader
 from litvit.training.model import autocast_context, build_model, choose_device, data_settings
 from litvit.training.recipe import (
     NOT_NEGATIVE,

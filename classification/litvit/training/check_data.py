@@ -9,8 +9,10 @@ from tqdm import tqdm
 
 from litvit.cli import ArgumentParser, run
 from litvit.errors import InputError
-from litvit.training.data import Images, loader_workers, open_train_and_val
+from litvit.training.data import open_train_and_val
+from litvit.training.loaders import loader_workers
 from litvit.training.recipe import HelpFormatter, add_data_flags
+from litvit.training.samples import Images
 
 
 class _Decoded(Dataset):

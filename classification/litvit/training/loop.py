@@ -5,9 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,29 +18,24 @@ from torch.utils.data import IterableDataset
 
 from litvit.checkpoints import load_weights
 from litvit.errors import InputError
-from litvit.training.data import (
-    Stream,
-    class_list,
-    create_mixup,
-    eval_loader,
-    open_train_and_val,
-    seed_everything,
-    train_loader,
-)
+from litvit.training.data import class_list, open_train_and_val
 from litvit.training.evaluate import evaluate
+from litvit.training.loaders import create_mixup, eval_loader, train_loader
 from litvit.training.model import autocast_context, build_model, choose_device, data_settings
 from litvit.training.optimizer import create_optimizer, create_scheduler, learning_rates
 from litvit.training.recipe import interval
 from litvit.training.report import Report, set_up_logging
+from litvit.training.samples import Stream, seed_everything
 from litvit.training.state import (
     BEST_WEIGHTS,
     CHECKPOINT,
     DIVERGED,
+    MAY_CHANGE,
+    NOT_OF_THE_RUN,
     SETTINGS,
-    holds_run,
     load_last_checkpoint,
     lock_folder,
-    resumed_folder,
+    run_folder,
     save_checkpoint,
     save_settings,
     save_state,
@@ -496,37 +489,3 @@ class Training:
 
 
 BAD_IN_A_ROW = 10
-# settings that say where a run is carried out, not what it computes
-NOT_OF_THE_RUN = ("data_dir", "config", "resume", "dry_run", "device", "output", "experiment")
-# settings that a continued run may change: how it is carried out, and how long it is. Batch size and passes may change
-# together with the number of processes; the total batch may not
-MAY_CHANGE = (
-    "epochs",
-    "batch_size",
-    "grad_accum_steps",
-    "val_batch_size",
-    "workers",
-    "log_interval",
-    "checkpoint_every",
-    "max_unreadable",
-    "grad_checkpointing",
-)
-
-
-def run_folder(settings: argparse.Namespace, primary: bool) -> Path:
-    """The run's folder: the resumed one, or `output`/`experiment`, which must not hold a run yet.
-
-    Raises:
-        InputError: the folder holds a run, or there is no run to resume.
-    """
-    if settings.resume and settings.resume != "auto":
-        return resumed_folder(settings.resume)
-    if settings.experiment is None:
-        started = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.model}"
-        settings.experiment = settings.model if settings.resume else started
-    folder = Path(settings.output) / settings.experiment
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: choose another --output or --experiment")
-    if primary and not settings.resume and holds_run(folder):
-        raise InputError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --experiment")
-    return folder

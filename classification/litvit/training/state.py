@@ -1,5 +1,6 @@
 """Files of a run that must never be half-written: the full checkpoint, the best weights, the settings."""
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -8,6 +9,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +29,21 @@ PREVIOUS = "previous.pth"
 DIVERGED = "diverged.pth"
 BEST_WEIGHTS = "model_best.safetensors"
 SETTINGS = "settings.yaml"
+# settings that say where a run is carried out, not what it computes
+NOT_OF_THE_RUN = ("data_dir", "config", "resume", "dry_run", "device", "output", "experiment")
+# settings that a continued run may change: how it is carried out, and how long it is. Batch size and passes may change
+# together with the number of processes; the total batch may not
+MAY_CHANGE = (
+    "epochs",
+    "batch_size",
+    "grad_accum_steps",
+    "val_batch_size",
+    "workers",
+    "log_interval",
+    "checkpoint_every",
+    "max_unreadable",
+    "grad_checkpointing",
+)
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -217,3 +234,22 @@ def lock_folder(folder: Path) -> IO:
     except OSError:  # a file system without locks
         pass
     return lock
+
+
+def run_folder(settings: argparse.Namespace, primary: bool) -> Path:
+    """The run's folder: the resumed one, or `output`/`experiment`, which must not hold a run yet.
+
+    Raises:
+        InputError: the folder holds a run, or there is no run to resume.
+    """
+    if settings.resume and settings.resume != "auto":
+        return resumed_folder(settings.resume)
+    if settings.experiment is None:
+        started = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.model}"
+        settings.experiment = settings.model if settings.resume else started
+    folder = Path(settings.output) / settings.experiment
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: choose another --output or --experiment")
+    if primary and not settings.resume and holds_run(folder):
+        raise InputError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --experiment")
+    return folder

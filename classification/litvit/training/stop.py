@@ -6,8 +6,8 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from litvit.training.data import STOP_SIGNALS
-
+# what ends a run in good order: a scheduler's notice (SIGTERM, SIGUSR1), Ctrl-C
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Exit statuses of train.py beside 0 (trained), 1 (a bug) and 2 (wrong input).
 EXIT_DIVERGED = 3  # the loss was not finite many times in a row
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved on a signal; the same command continues

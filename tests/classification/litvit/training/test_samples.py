@@ -1,0 +1,66 @@
+"""Order of samples and random numbers."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from litvit.errors import InputError
+from litvit.training.samples import EpochBatches, Stream, random_stream
+
+
+def updates(num_images, batch_size, world_size, accum_steps=1, epoch=0, **kwargs):
+    """Per update, the samples of all processes."""
+    ranks = []
+    for rank in range(world_size):
+        batches = EpochBatches(
+            num_images, batch_size, rank=rank, world_size=world_size, accum_steps=accum_steps, **kwargs
+        )
+        batches.set_epoch(epoch)
+        ranks.append(list(batches))
+        assert len(ranks[-1]) == len(batches)
+        assert all(len(batch) == batch_size for batch in ranks[-1])
+    steps = range(0, len(ranks[0]), accum_steps)
+    return [{draw for rank in ranks for batch in rank[step : step + accum_steps] for draw in batch} for step in steps]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_updates_depend_on_the_total_batch_alone(repeats):
+    alone = updates(1000, 24, 1, repeats=repeats)
+    assert updates(1000, 12, 2, repeats=repeats) == alone
+    assert updates(1000, 4, 3, accum_steps=2, repeats=repeats) == alone
+    assert updates(1000, 24, 1, repeats=repeats, epoch=1) != alone
+    assert updates(1000, 24, 1, repeats=repeats, seed=1) != alone
+
+
+def test_an_epoch_sees_every_image_once():
+    places = [draw for update in updates(120, 8, 3) for draw in update]
+    assert sorted(draw.index for draw in places) == list(range(120))
+
+
+def test_repeated_augmentation_spreads_copies_over_processes():
+    repeats, world_size = 3, 3
+    ranks = [list(EpochBatches(1000, 16, rank=r, world_size=world_size, repeats=repeats)) for r in range(world_size)]
+    for batches in zip(*ranks, strict=True):
+        counts = Counter(draw.index for batch in batches for draw in batch)
+        assert set(counts.values()) == {repeats}
+        assert all(len({draw.index for draw in batch}) == len(batch) for batch in batches)
+    assert len(ranks[0]) * 16 * world_size == 1000 // 256 * 256  # as many samples an epoch as the published sampler
+
+
+def test_a_total_batch_larger_than_the_data_is_refused():
+    with pytest.raises(InputError, match="do not fill one total batch of 200"):
+        EpochBatches(100, 50, world_size=2, accum_steps=2)
+
+
+def test_random_stream_leaves_the_generators_as_they_were():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    with random_stream(Stream.SAMPLE, 1, 2):
+        torch.rand(3)
+        np.random.rand(3)
+    assert (torch.rand(1), np.random.rand()) == expected
