@@ -116,7 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         call = command(args, data, output, "struck")
         while True:
             # the last start is left alone: it carries the run to its end
-            after = 3600 if sum(struck.values()) >= args.kills else rng.uniform(2, 6 + seconds / args.kills / 2)
+            after = (
+                3600
+                if sum(struck.values()) >= args.kills
+                else rng.uniform(2, 6 + 10 * (args.processes - 1) + seconds / args.kills / 2)
+            )
             number = rng.choice(SIGNALS)
             status, text, hit = strike(call, after, number)
             if not hit:
