@@ -47,13 +47,22 @@ if [[ " $* " != *" --resume "* && " $* " != *" --resume="* ]]; then
     set -- "$@" --resume auto
 fi
 
+command -v pkill >/dev/null || fail "pkill, which passes signals on, is not there: install procps"
+stop=""
+trap 'stop=yes' TERM INT USR1
+
 # One process finds wrong input in one line; torchrun would bury it under every worker's.
-"$python" "$here/train.py" "$@" --dry-run $((processes * nodes)) >/dev/null
+WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 "$python" "$here/train.py" "$@" --dry-run $((processes * nodes)) >/dev/null || {
+    status=$?
+    [[ -z $stop ]] || status=75
+    exit "$status"
+}
+[[ -z $stop ]] || exit 75
 
 # torchrun is kept out of the signals that the workers answer: they save, put their exit status here, and it ends with them.
 LITVIT_STATUS_FILE=$(mktemp)
-export LITVIT_STATUS_FILE TORCHELASTIC_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
-# Workers that are started again must not find the addresses of those before them in torchrun's own store.
+export LITVIT_STATUS_FILE PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
+# On one node, workers that are started again must not find the addresses of those before them in torchrun's own store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trap 'rm -f "$LITVIT_STATUS_FILE"' EXIT
 (
@@ -62,8 +71,11 @@ trap 'rm -f "$LITVIT_STATUS_FILE"' EXIT
         "$here/train.py" "$@"
 ) &
 torchrun=$!
-stop=""
-trap 'stop=yes' TERM INT USR1
+interrupt() { # a second Ctrl-C does not wait for anyone
+    [[ -z $stop ]] || { pkill -KILL -P "$torchrun"; kill -KILL "$torchrun"; exit 130; }
+    stop=yes
+}
+trap interrupt INT
 status=0
 while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends the wait, not the run
     wait "$torchrun" && status=0 || status=$?

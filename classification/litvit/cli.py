@@ -1,8 +1,11 @@
 """What the command lines share: one-line errors and models looked up by name."""
 
 import argparse
+import contextlib
+import ctypes
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +34,10 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     Args:
         main: takes the arguments (None: sys.argv) and returns an exit status, None for success.
     """
+    if STATUS_FILE in os.environ:
+        _end_with_the_launcher()
+        if Path(os.environ[STATUS_FILE]).read_text():  # started again, but the run has been left on purpose
+            sys.exit(0)
     try:
         status = main(None)
     except InputError as error:
@@ -43,6 +50,13 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         Path(os.environ[STATUS_FILE]).write_text(str(status))
         status = 0
     sys.exit(status)
+
+
+def _end_with_the_launcher() -> None:
+    """Be killed when the parent is: a worker whose launcher is gone would train on in the run's folder."""
+    set_parent_death_signal = 1
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def model_name(name: str) -> str:

@@ -174,7 +174,7 @@ def no_images(data):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (unreadable_image, r"cannot read the images .*train/3/00000.png .*mend them"),
+        (unreadable_image, r"cannot read the images .*train/3/00000.png .*mend or replace them"),
         (extra_class, r"val has 1 classes that train lacks: cat"),
         (no_val, r"has neither val/ nor val.tar; it holds .*train"),
         (no_train, r"has neither train/ nor train.tar; it holds .*val"),

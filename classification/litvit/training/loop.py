@@ -64,21 +64,23 @@ class Training:
         self.folder = run_folder(settings, self.primary)
         set_aside = self.primary and not settings.dry_run
         resumed = load_last_checkpoint(self.folder, set_aside) if settings.resume else None
-        train_images, val_images, num_classes = open_train_and_val(settings)
         device = choose_device(settings.device)
+        # before the data is opened: timm's streaming readers ask for the number of processes
+        process = init_distributed_device_so(device.type if device.index is None else str(device))
+        train_images, val_images, num_classes = open_train_and_val(settings)
         seed_everything(Stream.WEIGHTS, settings.seed)
         model = build_model(settings, num_classes)
         if settings.initial_checkpoint and resumed is None:
             load_weights(model, settings.initial_checkpoint, new_classifier=True)
 
-        process = init_distributed_device_so(device.type if device.index is None else str(device))
         self.device = torch.device(process["device"])
         self.rank, self.world_size = process["global_rank"], settings.dry_run or process["world_size"]
         self.distributed = process["distributed"]
         model.to(self.device)
         self.agreement = Agreement(self.distributed)
-        if self.distributed and self.agreement.sum(resumed is not None)[0] not in (0, self.world_size):
-            raise InputError(f"not every process finds a checkpoint in {self.folder}: all nodes must share --output")
+        found = -1 if resumed is None else resumed["update"]
+        if self.distributed and self.agreement.sum(found)[0] != found * self.world_size:
+            raise InputError(f"processes find different checkpoints in {self.folder}: all nodes must share --output")
 
         data_config = data_settings(settings, model)
         self.train_batches = train_loader(train_images, settings, data_config, self.device, self.rank, self.world_size)
@@ -264,9 +266,9 @@ class Training:
         self.best_top1 = max(metrics["top1"], self.best_top1)
         if best and self.primary:
             self._write(self.save_best, metrics)
-        self.save()
         train_metrics = {"loss": loss, "images_per_second": speed}
         report.epoch(self.epoch - 1, self.update, train_metrics, metrics, lr, self.best_top1)
+        self.save()  # last: a run that is killed before it writes the row again
 
     def train_epoch(self, report: Report) -> float:
         """Train what is left of an epoch. Returns images a second, over all processes."""
@@ -319,7 +321,7 @@ class Training:
             self.check_in(unreadable)
             unreadable = []
         bar.close()
-        return max(self.done - first, 1) * self.total_batch / (time.perf_counter() - start)
+        return (self.done - first) * self.total_batch / (time.perf_counter() - start)
 
     def _step(self, loss: torch.Tensor, buffers: list[torch.Tensor]) -> None:
         """Clip and take the optimizer's step, or leave the update out where the loss or a gradient is not finite.
@@ -362,7 +364,8 @@ class Training:
                 self._write(save_state, self.folder / DIVERGED, state)
             raise Diverged(
                 f"the loss or a gradient was not finite in {in_a_row} updates in a row, up to update {self.update}: "
-                f"try a lower --lr or --clip-grad; the state is in {self.folder / DIVERGED}, {CHECKPOINT} is older"
+                f"start again with a lower --lr or --clip-grad in a new --experiment (--initial-checkpoint "
+                f"{self.folder / CHECKPOINT} for its weights); the state is in {self.folder / DIVERGED}"
             )
 
     def check_in(self, unreadable: list[str]) -> None:
@@ -387,10 +390,12 @@ class Training:
         stop, due, count = self.agreement.sum(self.signals.received is not None, due, len(self.unreadable))
         limit = self.settings.max_unreadable * self.updates_per_epoch * self.total_batch
         if count > limit:
+            names = self.agreement.join(self.unreadable)
+            self.unreadable = []  # those that are left will be counted anew
             self.save()
             raise InputError(
-                f"cannot read the images {', '.join(self.unreadable[:20])} ({count:.0f} of an epoch, "
-                f"more than --max-unreadable {self.settings.max_unreadable} allows): mend them, and continue"
+                f"cannot read the images {', '.join(names[:20])} ({count:.0f} of an epoch, "
+                f"more than --max-unreadable {self.settings.max_unreadable} allows): mend or replace them, and continue"
             )
         saved = (stop or due) and self.save()
         if stop:

@@ -87,8 +87,10 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "meta":
             raise RuntimeError("a model cannot compute there")
-        if device.type != "cuda" or "LOCAL_RANK" not in os.environ:  # torchrun's processes get a GPU of their own later
+        if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
             torch.empty(0, device=device)
+        elif int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():  # each process gets a GPU of its own, later
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs, fewer than there are processes")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
     return device

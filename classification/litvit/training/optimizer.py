@@ -121,6 +121,8 @@ def create_scheduler(
         raise InputError(
             f"--warmup-epochs {settings.warmup_epochs} leaves nothing of --epochs {settings.epochs}: make it shorter"
         )
+    if settings.sched == "plateau":
+        raise InputError("--sched plateau depends on what a resumed run has forgotten: choose another")
     try:
         scheduler, epochs = create_scheduler_v2(
             optimizer,

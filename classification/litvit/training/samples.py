@@ -123,7 +123,7 @@ class Images(Dataset):
             return Image.open(file).convert(self.dataset.input_img_mode), target
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             path = self.filenames([index])[0]
-            raise InputError(f"cannot read the image {path} ({error}): mend it or remove it") from None
+            raise InputError(f"cannot read the image {path} ({error}): mend or replace it") from None
 
     def _erase(self, shape: tuple[int, int, int]) -> torch.Tensor | None:
         if self.erasing is None:

@@ -46,12 +46,13 @@ MAY_CHANGE = (
 )
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
     """Write a file beside `path`, flush it to the disk, and rename it into place.
 
     Args:
         path: the file to make or replace; it holds the old content or the new, never a part.
         write: writes the file at the path it is given.
+        keep: the old content gets this name, if there is any; it is there under one of the two names at every instant.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -59,16 +60,28 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         mask = os.umask(0)  # some writers make files that only their owner may read
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        for place in (temporary, path.parent):
-            descriptor = os.open(place, os.O_RDONLY)
+        _flush(temporary)
+        if keep is not None and path.exists():
+            link = path.with_name(f".{keep.name}.tmp")
+            link.unlink(missing_ok=True)
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+            os.replace(link, keep)
         os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -88,19 +101,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError, RuntimeError: the disk is full, read-only or gone; both checkpoints are as they were.
     """
-
-    def write(temporary: Path) -> None:
-        torch.save(state, temporary)
-        if (folder / CHECKPOINT).exists():  # a second name for it before its own is given away
-            link = temporary.with_name(f".{PREVIOUS}.tmp")
-            link.unlink(missing_ok=True)
-            try:
-                os.link(folder / CHECKPOINT, link)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(folder / CHECKPOINT, link)
-            os.replace(link, folder / PREVIOUS)
-
-    replace_file(folder / CHECKPOINT, write)
+    replace_file(folder / CHECKPOINT, partial(torch.save, state), keep=folder / PREVIOUS)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -227,8 +228,9 @@ def lock_folder(folder: Path) -> IO:
     """
     lock = open(folder / ".lock", "w")  # noqa: SIM115 - it is to stay open
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # lockf, not flock: loader processes, which outlive a killed trainer by seconds, do not inherit it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         lock.close()
         raise InputError(f"another process trains in {folder}: wait for it, or choose another --experiment") from None
     except OSError:  # a file system without locks

@@ -17,7 +17,7 @@ from PIL import Image
 
 from litvit import cli
 from litvit.training.recipe import parse_settings
-from litvit.training.state import CHECKPOINT, DIVERGED, PREVIOUS, lock_folder
+from litvit.training.state import CHECKPOINT, DIVERGED, PREVIOUS
 from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
 
 CLASSIFICATION = Path(train.__file__).parent
@@ -266,7 +266,7 @@ def test_bad_numbers_without_end_stop_the_run_and_leave_the_checkpoint(flags, tm
     assert diverged["bad"] == [10, 10]
     assert diverged["update"] == 15
     assert last["update"] == 12  # of the last whole epoch: its weights are still those of update 5
-    assert "try a lower --lr" in (tmp_path / "run" / "train.log").read_text()
+    assert "a lower --lr" in (tmp_path / "run" / "train.log").read_text()
     for state in (last, diverged):
         assert all(value.isfinite().all() for value in state["state_dict"].values())
 
@@ -281,6 +281,21 @@ def test_an_unreadable_image_is_replaced_and_counted(digits_copy, tmp_path, tiny
     alone, worker = (torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("alone", "worker"))
     for name, value in alone["state_dict"].items():
         assert torch.equal(value, worker["state_dict"][name]), name
+
+
+def test_a_run_with_too_many_unreadable_images_continues_when_they_are_mended(
+    digits_copy, tmp_path, tiny_flags, run_main
+):
+    broken = digits_copy / "train" / "3" / "00000.png"
+    content = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    flags = [digits_copy, *tiny_flags, "--output", tmp_path, "--experiment", "run", "--resume", "auto"]
+    for _ in range(2):
+        outcome = run_main(train, *flags)
+        assert outcome.status == 2
+        assert f"cannot read the images {broken} (1 of an epoch" in outcome.err
+    broken.write_bytes(content)
+    assert run(*flags) == 0
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
@@ -368,8 +383,15 @@ def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, m
 
 def test_two_processes_cannot_train_in_one_folder(flags, tmp_path, run_main):
     (tmp_path / "run").mkdir()
-    with lock_folder(tmp_path / "run"):
-        outcome = run_main(train, *flags)
+    code = (
+        "import pathlib, sys; from litvit.training.state import lock_folder; x = lock_folder(pathlib.Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", f"{code}; print('locked', flush=True); input()", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(CLASSIFICATION)}
+    other = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    outcome = run_main(train, *flags)
+    other.communicate("\n")
     assert outcome.status == 2
     assert "another process trains in" in outcome.err
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
@@ -420,6 +442,28 @@ def test_a_dead_process_ends_the_others_and_is_named(launch, tmp_path):
     assert time.monotonic() - killed < 60
     assert process.returncode not in (0, EXIT_INTERRUPTED)
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s*\n\s*exitcode\s*: -9", err), err
+
+
+def test_sigterm_to_the_launcher_while_workers_start_up_is_not_lost(flags):
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", "--epochs", "500"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(rank_of(entry) == 1 for entry in Path("/proc").glob("[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, err
+
+
+def test_killed_launcher_takes_its_workers_along(launch, tmp_path):
+    process = launch("--epochs", "500")
+    torchrun = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (process.pid, *map(int, torchrun)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)  # the pipes close when the last of them is gone
+    cmdlines = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline") if entry.exists()]
+    assert not any(b"train.py" in line and str(tmp_path).encode() in line for line in cmdlines)
 
 
 def test_sigterm_to_the_launcher_saves_and_exits_with_75(launch, tmp_path):
