@@ -121,7 +121,7 @@ class Training:
         self.bad_in_a_row = torch.zeros((), device=self.device)
         self.bad_updates = torch.zeros((), device=self.device)
         self.unreadable: list[str] = []  # of this epoch
-        self.last_save = time.monotonic()
+        self.last_save, self.saved = time.monotonic(), True
         self.signals = StopSignals()
         if resumed is not None:
             self.load_state_dict(resumed)
@@ -246,7 +246,10 @@ class Training:
             report.close()
             if self.primary:
                 lock.close()
-        if status == 0:
+        if status == 0 and self.primary and not self.saved:
+            status = EXIT_INTERRUPTED
+            logger.error("the run has ended, but its end is NOT saved: make room in %s and run it again", self.folder)
+        elif status == 0:
             logger.info("the run has ended: best top1 %.2f; it is in %s", self.best_top1, self.folder)
         if self.distributed:
             torch.distributed.destroy_process_group()
@@ -268,7 +271,7 @@ class Training:
             self._write(self.save_best, metrics)
         train_metrics = {"loss": loss, "images_per_second": speed}
         report.epoch(self.epoch - 1, self.update, train_metrics, metrics, lr, self.best_top1)
-        self.save()  # last: a run that is killed before it writes the row again
+        self.saved = self.save()  # last: a run that is killed before it writes the row again
 
     def train_epoch(self, report: Report) -> float:
         """Train what is left of an epoch. Returns images a second, over all processes."""

@@ -381,6 +381,22 @@ def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, m
     assert run(*flags, "--resume", "auto") == 0
 
 
+def test_a_run_whose_end_is_not_saved_says_so(flags, tmp_path, monkeypatch, undisturbed, capsys):
+    save = torch.save
+
+    def full_at_the_end(state, path):
+        if state.get("update") == 8:
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_at_the_end)
+    assert run(*flags) == EXIT_INTERRUPTED
+    assert "its end is NOT saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
 def test_two_processes_cannot_train_in_one_folder(flags, tmp_path, run_main):
     (tmp_path / "run").mkdir()
     code = (
