@@ -282,3 +282,17 @@ def test_help_fits_two_screens(run_script):
     outcome = run_script("train.py", "--help")
     assert outcome.status == 0
     assert len(outcome.out.splitlines()) <= 100
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [["--amp-dtype", "float16"], ["--amp-dtype", "bfloat16"], ["--torchcompile"]])
+def test_a_gpu_trains_the_recipe_and_resumes(digits, tmp_path, run_main, flags):
+    tiny = ["--model-kwargs", "dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
+    command = [digits, "--model", "lit_ti", "--img-size", 32, "-b", 20, "-j", 1, "--warmup-epochs", 0, *flags, *tiny]
+    command += ["--cooldown-epochs", 0, "--clip-grad", 1, "--model-ema", "--output", tmp_path, "--resume", "auto"]
+    for epochs in (1, 2):
+        outcome = run_main(train, *command, "--epochs", epochs)
+        assert outcome.status == 0, outcome.err
+    assert "continuing at epoch 2" in outcome.out
+    state = torch.load(tmp_path / "lit_ti" / "last.pth", weights_only=True)
+    assert all(value.isfinite().all() for value in state["state_dict"].values())

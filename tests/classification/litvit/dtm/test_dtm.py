@@ -171,3 +171,26 @@ def test_module_converts_to_synchronised_batch_norm():
     merge = torch.nn.SyncBatchNorm.convert_sync_batchnorm(DeformableTokenMerging(6, 10))
     assert isinstance(merge.norm, torch.nn.SyncBatchNorm)
     assert merge.eval()(torch.randn(2, 4, 4, 6)).shape == (2, 2, 2, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 5e-3), (torch.float64, 1e-10)],
+)
+def test_a_gpu_gives_the_float64_result_and_gradients(dtype, tolerance):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 15, 18, 24), 2 * torch.randn(2, 7, 9, 8), torch.randn(40, 24, 2, 2) / 10, torch.randn(40)]
+    rounded = [tensor.to(dtype).double() for tensor in tensors]  # the same numbers on both sides
+
+    def run(device, dtype):
+        leaves = [tensor.to(device, dtype).requires_grad_() for tensor in rounded]
+        out = deform_conv_tokens(*leaves)
+        return [
+            out,
+            *torch.autograd.grad(out.float().square().sum() if dtype != torch.float64 else out.square().sum(), leaves),
+        ]
+
+    for ours, reference in zip(run("cuda", dtype), run("cpu", torch.float64), strict=True):
+        error = (ours.double().cpu() - reference).norm() / reference.norm()
+        assert error < tolerance
