@@ -67,6 +67,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trap 'rm -f "$LITVIT_STATUS_FILE"' EXIT
 (
     trap '' TERM INT USR1
+    export LITVIT_LAUNCHER=$BASHPID # torchrun, from the next line on
     exec "$python" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" "${place[@]}" \
         "$here/train.py" "$@"
 ) &

@@ -19,6 +19,7 @@ EXIT_CTRL_C = 130
 # Under torchrun a worker that leaves with a status is a failed one, to be restarted. The launcher names a file in this
 # variable, and a worker that leaves on purpose puts its status there.
 STATUS_FILE = "LITVIT_STATUS_FILE"
+LAUNCHER = "LITVIT_LAUNCHER"  # the process that starts the workers
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -57,6 +58,8 @@ def _end_with_the_launcher() -> None:
     set_parent_death_signal = 1
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        sys.exit("the launcher is gone")  # since before the line above
 
 
 def model_name(name: str) -> str:

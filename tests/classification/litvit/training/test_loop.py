@@ -332,10 +332,18 @@ def rank_of(process):
     return next((int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")), None)
 
 
+def cmdline(process):
+    """Command line of a process, empty for one that is gone."""
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def kill_rank(rank, folder):
     """Kill -9 the training process of that rank whose run is in the folder."""
     for process in Path("/proc").glob("[0-9]*"):
-        if rank_of(process) == rank and str(folder).encode() in (process / "cmdline").read_bytes():
+        if rank_of(process) == rank and str(folder).encode() in cmdline(process):
             os.kill(int(process.name), signal.SIGKILL)
             return
     pytest.fail(f"no process of rank {rank}")
@@ -472,14 +480,24 @@ def test_sigterm_to_the_launcher_while_workers_start_up_is_not_lost(flags):
     assert process.returncode == EXIT_INTERRUPTED, err
 
 
-def test_killed_launcher_takes_its_workers_along(launch, tmp_path):
-    process = launch("--epochs", "500")
+@pytest.mark.parametrize("moment", ["start-up", "training"])
+def test_killed_launcher_takes_its_workers_along(launch, flags, tmp_path, moment):
+    if moment == "training":
+        process = launch("--epochs", "500")
+    else:
+        command = ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", "--epochs", "500"]
+        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, env=environment, **pipes)
+        children = set()
+        while 1 not in {rank_of(entry) for entry in children}:  # workers that have only just begun
+            assert process.poll() is None
+            children = {entry for entry in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in cmdline(entry)}
     torchrun = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     for pid in (process.pid, *map(int, torchrun)):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)  # the pipes close when the last of them is gone
-    cmdlines = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline") if entry.exists()]
-    assert not any(b"train.py" in line and str(tmp_path).encode() in line for line in cmdlines)
+    assert not any(str(tmp_path).encode() in cmdline(entry) for entry in Path("/proc").glob("[0-9]*"))
 
 
 def test_sigterm_to_the_launcher_saves_and_exits_with_75(launch, tmp_path):
