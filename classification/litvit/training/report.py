@@ -43,7 +43,7 @@ class Report:
             with self._logs_never_stop_a_run():
                 trim_summary(str(self.summary), start_epoch)
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        self.start_time, self.start_update, self.images_per_second = time.perf_counter(), None, 0.0
+        self.start_time, self.start_update = time.perf_counter(), None
 
     @contextlib.contextmanager
     def _logs_never_stop_a_run(self) -> Iterator[None]:
