@@ -6,7 +6,7 @@ import pickle
 import pickletools
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from litvit.errors import InputError
 
 _logger = logging.getLogger(__name__)
 
-# Published names of LIT-Ti and of LIT-S/M/B; the number of a merging module, and of LIT-Ti's stages, starts at 1.
+# Published names of LIT-Ti, of LIT-S/M/B, of LVT. The number of a merging module, and of LIT-Ti's stages, starts at 1.
 _PUBLISHED_NAMES = [
     (re.compile(r"^patch_embed1\.(.*)"), lambda m: f"patch_embed.{m[1]}"),
     (re.compile(r"^patch_embed([2-4])\.(.*)"), lambda m: f"stages.{int(m[1]) - 1}.downsample.{m[2]}"),
@@ -29,11 +29,18 @@ _PUBLISHED_NAMES = [
     (re.compile(r"^layers\.(\d+)\.downsample\.(.*)"), lambda m: f"stages.{int(m[1]) + 1}.downsample.{m[2]}"),
     (re.compile(r"^layers\.(\d+)\.(blocks\..*)"), lambda m: f"stages.{m[1]}.{m[2]}"),
     (re.compile(r"^norm([0-3])\.(.*)"), lambda m: f"out_norms.{m[1]}.{m[2]}"),
+    (re.compile(r"^backbone\.(\d)\.0\.(.*)"), lambda m: f"stages.{m[1]}.patch_embed.{m[2]}"),
+    (re.compile(r"^backbone\.(\d)\.1\.(.*)"), lambda m: f"stages.{m[1]}.blocks.{m[2]}"),
+    (re.compile(r"^post_network\.(.*)"), lambda m: f"class_blocks.{m[1]}"),
 ]
-_PUBLISHED_MERGING_NAMES = [
+_PUBLISHED_PARTS = [
     (".downsample.dconv.conv_offset.", ".downsample.offset."),
     (".downsample.dconv.", ".downsample.conv."),
     (".downsample.norm_layer.", ".downsample.norm."),
+    (".attn.weight.weight", ".attn.v"),
+    (".attn.ds.", ".attn.atrous."),
+    (".attn.sr.", ".attn.reduce."),
+    (".mlp.depconv.", ".mlp.conv."),
 ]
 
 
@@ -74,21 +81,22 @@ def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def to_own_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a published LIT's entries to ours; a state dict with our names comes back as it is.
+    """Rename a published model's entries to ours; a state dict with our names comes back as it is.
 
     LIT-Ti's class position, the first row of its last position table, becomes an entry of its own. Indices that can be
-    computed are dropped.
+    computed are dropped, and so are the norms that LVT's dense checkpoints hold and nothing uses. LVT's 1 x 1
+    convolutions become linear layers, and the two positions of its 9 x 9 attention change places.
     """
-    if not any(name.startswith(("patch_embed1.", "layers.0.blocks.")) for name in state_dict):
+    if not any(name.startswith(("patch_embed1.", "layers.0.blocks.", "backbone.0.0.")) for name in state_dict):
         return dict(state_dict)
     own = {}
     for published, value in state_dict.items():
-        if published.endswith("relative_position_index"):
+        if published.endswith("relative_position_index") or published.startswith("downstream_norms."):
             continue
         name = published
         for pattern, replacement in _PUBLISHED_NAMES:
             name = pattern.sub(replacement, name)
-        for part, replacement in _PUBLISHED_MERGING_NAMES:
+        for part, replacement in _PUBLISHED_PARTS:
             name = name.replace(part, replacement)
         if name.endswith(".pos_embed") and value.dim() == 3:
             side = math.isqrt(value.shape[1])
@@ -97,18 +105,24 @@ def to_own_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value.unflatten(1, (side, -1))
         elif name.endswith("relative_position_bias_table") and value.dim() == 2:
             value = value.t().unflatten(1, (math.isqrt(value.shape[0]), -1))
+        elif name.endswith(".attn.v"):
+            value = value.view(9, -1, value.shape[1])
+        elif ".attn.attn." in name:
+            value = value.unflatten(0, (-1, 9, 9)).transpose(1, 2).flatten(0, 2)
+        elif name.endswith((".mlp.fc1.weight", ".mlp.fc2.weight")):
+            value = value.flatten(1)
         own[name] = value
     return own
 
 
 def adapt_state_dict(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """load_state_dict pre-hook of LIT: published names to ours, position tables to the model's size.
+    """load_state_dict pre-hook of LIT and LVT: published names to ours, position tables to the model's size.
 
     Entries of parts that the model was built without are dropped; a classifier for another number of classes gives way
     to the model's own, with a warning.
 
     Args:
-        model: the LIT that loads.
+        model: the model that loads.
         state_dict: changed in place (torch hands a copy of the caller's).
         prefix: where the model's entries lie in it.
     """
@@ -117,7 +131,7 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Tensor], prefix: st
         del state_dict[prefix + name]
     entries = {name: value for name, value in to_own_names(entries).items() if not _is_left_out(model, name)}
     own = model.state_dict()
-    classes = _keep_own_classifier(entries, own, "head")
+    classes = _keep_own_classifier(entries, own, model.classifiers)
     if classes:
         _logger.warning("the checkpoint holds %d classes, the model has %d: its classifier starts afresh", *classes)
     for name, value in entries.items():
@@ -132,26 +146,28 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Tensor], prefix: st
 
 def _is_left_out(model: nn.Module, name: str) -> bool:
     part, _, rest = name.partition(".")
-    if part in ("norm", "head"):
+    if part in ("norm", *model.classifiers):
         return isinstance(getattr(model, part), nn.Identity)
-    if part in ("cls_token", "cls_pos_embed"):
-        return getattr(model, part) is None
+    if part in ("cls_token", "cls_pos_embed", "class_blocks"):
+        return model.cls_token is None
     return part == "stages" and int(rest.partition(".")[0]) >= len(model.stages)
 
 
-def _keep_own_classifier(entries: dict[str, Tensor], own: dict[str, Tensor], classifier: str) -> tuple[int, int] | None:
-    """Put the model's own classifier in `entries` if theirs differs in the number of classes alone.
+def _keep_own_classifier(
+    entries: dict[str, Tensor], own: dict[str, Tensor], classifiers: Sequence[str]
+) -> tuple[int, int] | None:
+    """Put the model's own classifiers in `entries` if theirs differ in the number of classes alone.
 
     Returns:
         (classes in entries, classes of the model) if so.
     """
-    name = f"{classifier}.weight"
+    name = f"{classifiers[0]}.weight"
     if name not in entries or name not in own or entries[name].shape[1:] != own[name].shape[1:]:
         return None
     held, wanted = len(entries[name]), len(own[name])
     if held == wanted:
         return None
-    for name in (f"{classifier}.weight", f"{classifier}.bias"):
+    for name in (f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")):
         if name in own:
             entries[name] = own[name]
     return held, wanted
@@ -232,7 +248,8 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     entries = read_state_dict(path)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cfg = getattr(model, "pretrained_cfg", {})
-    classes = _keep_own_classifier(entries, before, cfg.get("classifier") or "head")
+    classifiers = cfg.get("classifier") or "head"
+    classes = _keep_own_classifier(entries, before, (classifiers,) if isinstance(classifiers, str) else classifiers)
     try:
         model.load_state_dict(entries)
     except RuntimeError as error:
@@ -275,5 +292,5 @@ def _layer_shapes(entries: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {
         name: value.shape
         for name, value in entries.items()
-        if name.endswith(".weight") and value.dim() > 1 and not name.startswith("head.")
+        if name.endswith(".weight") and value.dim() > 1 and not name.startswith(("head.", "aux_head."))
     }

@@ -9,16 +9,14 @@ with a class token). Tokens stay channels-last, (B, H, W, C), from the patch emb
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from litvit.checkpoints import adapt_state_dict, resize_position_table, resize_relative_table, to_own_names
+from litvit.checkpoints import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
 from litvit.errors import InputError
+from litvit.models.backbone import Backbone, Features, build, default_cfg, init_linear, refuse_small, run_blocks
 
 
 class PatchEmbed(nn.Module):
@@ -154,15 +152,11 @@ class Stage(nn.Module):
         x = x.reshape(B, h * w, C)
         if class_token is not None:
             x = torch.cat((class_token.expand(B, -1, -1).to(x.dtype), x), dim=1)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, (h, w), use_reentrant=False)
-            else:
-                x = block(x, (h, w))
+        x = run_blocks(self.blocks, x, (h, w), recompute=self.grad_checkpointing)
         return x if class_token is not None else x.view(B, h, w, C)
 
 
-class LIT(nn.Module):
+class LIT(Backbone):
     """Less attention vision transformer, as classifier or dense backbone, with the interface of timm's models.
 
     Classification takes images of `img_size` only. Dense use (`forward_intermediates`, `features_only=True`) takes any
@@ -207,7 +201,7 @@ class LIT(nn.Module):
         drop_path_rate: float = 0.0,
         out_norms: tuple[int, ...] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(in_chans, num_classes, dims, class_token, drop_rate)
         self.img_size = to_2tuple(img_size)
         if any(side < 32 or side % 32 for side in self.img_size):
             raise InputError(f"img_size must be a multiple of 32 in both directions, got {self.img_size}")
@@ -215,14 +209,6 @@ class LIT(nn.Module):
             raise InputError(f"position must be 'absolute' or 'relative', got {position!r}")
         if any(heads and dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
             raise InputError(f"num_heads {tuple(num_heads)} must divide dims {tuple(dims)}, 0 for stages of MLP blocks")
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.num_prefix_tokens = int(class_token)
-        self.output_fmt = "NLC" if class_token else "NHWC"
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
         self._set_global_pool(global_pool)
 
         self.patch_embed = PatchEmbed(in_chans, dims[0])
@@ -240,7 +226,7 @@ class LIT(nn.Module):
             )
             for i in range(len(dims))
         )
-        self.cls_token = self.cls_pos_embed = None
+        self.cls_pos_embed = None
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1]))
             self.cls_pos_embed = nn.Parameter(torch.zeros(1, 1, dims[-1]))
@@ -250,17 +236,8 @@ class LIT(nn.Module):
         if not set(out_norms) <= set(range(len(dims))):
             raise InputError(f"out_norms must be stages from 0 to {len(dims) - 1}, got {tuple(out_norms)}")
         self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], eps=norm_eps) for i in out_norms})
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
-
-        self.apply(_init_linear)
-        self._register_load_state_dict_pre_hook(adapt_state_dict, with_module=True)
-
-    def _set_global_pool(self, global_pool: str) -> None:
-        choices = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
-        if global_pool not in choices:
-            raise InputError(f"global_pool must be one of {', '.join(map(repr, choices))}, got {global_pool!r}")
-        self.global_pool = global_pool
+        self.apply(init_linear)
+        self.reset_classifier(num_classes)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -284,117 +261,20 @@ class LIT(nn.Module):
             ],
         }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier, an `nn.Identity` if there is none."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier on the model.
-
-        Args:
-            num_classes: classes, 0 for no classifier.
-            global_pool: a new pooling, None to keep it.
-        """
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes:
-            like = self.patch_embed.proj.weight
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            _init_linear(self.head)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the dense outputs `indices` do not need: later stages, class token, last norm and classifier.
-
-        Args:
-            indices: the stages wanted; an int for the last n.
-            prune_norm: drop the last norm.
-            prune_head: drop the classifier, and the class token with it.
-
-        Returns:
-            The indices of the stages wanted, counted from the first.
-        """
-        taken, last = feature_take_indices(len(self.stages), indices)
-        prune_end = last < len(self.stages) - 1
-        if prune_norm or prune_end:
-            self.norm = nn.Identity()
-        self.stages = self.stages[: last + 1]
-        self.out_norms = nn.ModuleDict({i: norm for i, norm in self.out_norms.items() if int(i) in taken})
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or prune_end:
-            self.cls_token = self.cls_pos_embed = None
-            self.num_prefix_tokens = 0
-            self.output_fmt = "NHWC"
-            self.reset_classifier(0, "")
-        return taken
+    def _drop_class_token(self) -> None:
+        self.cls_token = self.cls_pos_embed = None
 
     def _class_token(self) -> Tensor | None:
         return None if self.cls_token is None else self.cls_token + self.cls_pos_embed
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps at the end of stages, for images of any size from 32 up.
+    def _embed(self, x: Tensor) -> Tensor:
+        refuse_small(x)
+        return self.patch_embed(_pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2))
 
-        Args:
-            x: images, (B, in_chans, H, W).
-            indices: the stages wanted; an int for the last n, None for all.
-            norm: put the last norm on the last stage's map, if it has no norm of its own.
-            stop_early: do not run stages after the last one wanted.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return the maps alone.
-
-        Returns:
-            The maps, (B, C, h, w) or (B, h, w, C), or (final tokens, maps). The final tokens are those of
-            `forward_features`; the maps are dense ones, without class token, so where both are wanted of a model with
-            class token the last stage runs twice. After an early stop the final tokens are the last stage's that ran.
-
-        Raises:
-            InputError: an image smaller than 32 pixels, an unknown output_fmt.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        if min(x.shape[-2:]) < 32:
-            raise InputError(f"images must have 32 pixels or more in both directions, got {tuple(x.shape[-2:])}")
-        taken, last = feature_take_indices(len(self.stages), indices)
-        stop = last + 1 if stop_early or intermediates_only else len(self.stages)
-        has_last_stage = stop == len(self.feature_info)
-
-        maps = []
-        x = self.patch_embed(_pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2))
-        for i, stage in enumerate(self.stages[:stop]):
-            stage_input, x = x, stage(x)
-            if i not in taken:
-                continue
-            out = x
-            if str(i) in self.out_norms:
-                out = self.out_norms[str(i)](x)
-            elif norm and i == len(self.feature_info) - 1:
-                out = self.norm(x)
-            maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
-        if intermediates_only:
-            return maps
-        if has_last_stage:
-            if self.cls_token is not None:
-                x = self.stages[-1](stage_input, self._class_token())
-            x = self.norm(x)
-        return x, maps
+    def _last_tokens(self, stage_input: Tensor, x: Tensor) -> Tensor:
+        if self.cls_token is not None:  # a dense map has no class token: the last stage runs a second time
+            x = self.stages[-1](stage_input, self._class_token())
+        return self.norm(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the last norm.
@@ -429,31 +309,12 @@ class LIT(nn.Module):
         Returns:
             Logits, (B, num_classes). Without pooling, a prediction a token.
         """
-        if self.global_pool == "token":
-            x = x[:, 0]
-        elif self.global_pool == "avg":
-            x = x[:, self.num_prefix_tokens :].mean(1) if x.dim() == 3 else x.mean((1, 2))
-        x = self.head_drop(x)
+        x = self._pool(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images of `img_size`: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-
-class LITFeatures(FeatureGetterNet):
-    """What `features_only=True` builds: dense maps of a LIT, which loads the checkpoints that LIT loads."""
-
-    def __init__(self, model: LIT, *args, **kwargs) -> None:
-        super().__init__(model, *args, **kwargs)
-        self._register_load_state_dict_pre_hook(self._name_as_wrapped)
-
-    @staticmethod
-    def _name_as_wrapped(state_dict: dict, prefix: str, *_) -> None:
-        names = [name for name in state_dict if name.startswith(prefix)]
-        if not any(name.startswith(f"{prefix}model.") for name in names):
-            for name in names:
-                state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:
@@ -463,44 +324,15 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-
-
 def _cfg() -> dict:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 224 / 256,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
+    return default_cfg(fixed_input_size=True, first_conv="patch_embed.proj")
 
 
 default_cfgs = generate_default_cfgs({"lit_ti": _cfg(), "lit_s": _cfg(), "lit_m": _cfg(), "lit_b": _cfg()})
 
 
-def _create(variant: str, pretrained: bool, config: dict, **kwargs) -> LIT | LITFeatures:
-    return build_model_with_cfg(
-        LIT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=lambda state_dict, _: to_own_names(state_dict),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": LITFeatures},
-        **(config | kwargs),
-    )
-
-
 @register_model
-def lit_ti(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+def lit_ti(pretrained: bool = False, **kwargs) -> LIT | Features:
     """LIT-Ti: class token, absolute position; 19.9 M parameters, 3.6 G multiply-adds at 224."""
     config = {
         "dims": (64, 128, 320, 512),
@@ -512,25 +344,25 @@ def lit_ti(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
         "global_pool": "token",
         "norm_eps": 1e-6,
     }
-    return _create("lit_ti", pretrained, config, **kwargs)
+    return build(LIT, "lit_ti", pretrained, config | kwargs)
 
 
 @register_model
-def lit_s(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+def lit_s(pretrained: bool = False, **kwargs) -> LIT | Features:
     """LIT-S: relative position, mean pooling; 28.0 M parameters, 4.1 G multiply-adds at 224."""
     config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "num_heads": (0, 0, 12, 24)}
-    return _create("lit_s", pretrained, config, **kwargs)
+    return build(LIT, "lit_s", pretrained, config | kwargs)
 
 
 @register_model
-def lit_m(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+def lit_m(pretrained: bool = False, **kwargs) -> LIT | Features:
     """LIT-M: LIT-S with 18 blocks in stage 3; 49.4 M parameters, 8.6 G multiply-adds at 224."""
     config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 12, 24)}
-    return _create("lit_m", pretrained, config, **kwargs)
+    return build(LIT, "lit_m", pretrained, config | kwargs)
 
 
 @register_model
-def lit_b(pretrained: bool = False, **kwargs) -> LIT | LITFeatures:
+def lit_b(pretrained: bool = False, **kwargs) -> LIT | Features:
     """LIT-B: LIT-M with wider stages; 87.3 M parameters, 15.0 G multiply-adds at 224."""
     config = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
-    return _create("lit_b", pretrained, config, **kwargs)
+    return build(LIT, "lit_b", pretrained, config | kwargs)

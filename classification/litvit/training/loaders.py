@@ -16,16 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.worker import WorkerInfo
 
 from litvit.errors import InputError
-from litvit.training.samples import EpochBatches, Sample
+from litvit.training.samples import EpochBatches, Labels, Sample
 from litvit.training.stop import STOP_SIGNALS
+from litvit.training.token_labels import LabelledTransform, TokenLabels, soft_targets
 
 
 class Batch(NamedTuple):
     """Training samples on the device."""
 
     images: torch.Tensor  # (B, C, H, W), normalised
-    target: torch.Tensor  # (B,)
+    target: torch.Tensor  # (B,): classes; with token labels `soft_targets`
     unreadable: list[str]
+    broken_labels: list[str]
 
 
 class RawBatch(NamedTuple):
@@ -36,17 +38,22 @@ class RawBatch(NamedTuple):
     erased_rows: torch.Tensor  # (n,): which images are erased
     erased: torch.Tensor  # (n, C, H, W), see Sample
     unreadable: list[str]
+    labels: Labels | None
+    broken_labels: list[str]
 
 
 def collate(samples: list[Sample]) -> RawBatch:
     """Join samples to a batch."""
     rows = [row for row, sample in enumerate(samples) if sample.erased is not None]
+    labelled = samples[0].labels is not None
     return RawBatch(
         torch.from_numpy(np.stack([sample.image for sample in samples])),
         torch.tensor([sample.target for sample in samples]),
         torch.tensor(rows, dtype=torch.long),
         torch.stack([samples[row].erased for row in rows]) if rows else torch.empty(0),
         [path for sample in samples for path in sample.unreadable],
+        Labels(*map(torch.stack, zip(*(sample.labels for sample in samples), strict=True))) if labelled else None,
+        [error for sample in samples for error in sample.broken_labels],
     )
 
 
@@ -57,10 +64,18 @@ class DeviceBatches:
         loader: of `RawBatch`es.
         mean, std: of the images, in units of their range, a number a channel.
         device: where batches go.
+        token_labels: with them, targets are `soft_targets`.
     """
 
-    def __init__(self, loader: DataLoader, mean: Sequence[float], std: Sequence[float], device: torch.device):
-        self.loader, self.device = loader, device
+    def __init__(
+        self,
+        loader: DataLoader,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        token_labels: TokenLabels | None = None,
+    ):
+        self.loader, self.device, self.token_labels = loader, device, token_labels
         # of images from 0 to 255
         self.mean, self.std = (255 * torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -99,7 +114,12 @@ class DeviceBatches:
         if len(raw.erased_rows):
             rows, erased = (tensor.to(self.device, non_blocking=True) for tensor in (raw.erased_rows, raw.erased))
             images[rows] = torch.where(erased.isnan(), images[rows], erased)
-        return Batch(images, raw.target.to(self.device, non_blocking=True), raw.unreadable)
+        if raw.labels is None:
+            target = raw.target.to(self.device, non_blocking=True)
+        else:
+            labels = Labels(*(tensor.to(self.device, non_blocking=True) for tensor in raw.labels))
+            target = soft_targets(labels, self.token_labels.num_classes, self.token_labels.size)
+        return Batch(images, target, raw.unreadable, raw.broken_labels)
 
 
 def train_loader(
@@ -109,6 +129,7 @@ def train_loader(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    token_labels: TokenLabels | None = None,
 ) -> "DeviceBatches | StreamedBatches":
     """Augmented, normalised training batches on the device.
 
@@ -118,6 +139,7 @@ def train_loader(
         data_config: timm's (input_size, mean, std).
         device: where batches go.
         rank, world_size: this process, of how many.
+        token_labels: soft labels of tokens to use as targets.
 
     Returns:
         Loader of `Batch`es; `len` is the number of forward passes that an epoch still has.
@@ -152,13 +174,20 @@ def train_loader(
         )
         return StreamedBatches(loader, settings.grad_accum_steps)
     try:
-        dataset.transform = create_transform(
-            input_size, is_training=True, use_prefetcher=True, **augmentation, **normalisation
+        transform = create_transform(
+            input_size,
+            is_training=True,
+            use_prefetcher=True,
+            separate=token_labels is not None,
+            **augmentation,
+            **normalisation,
         )
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"--aa {settings.aa}, --train-interpolation {settings.train_interpolation} cannot augment images: {error!r}"
         ) from None
+    dataset.transform = transform if token_labels is None else LabelledTransform(*transform)
+    dataset.read_labels = None if token_labels is None else token_labels.read_or_blank
     if settings.reprob > 0:
         dataset.erasing = RandomErasing(settings.reprob, mode=settings.remode, max_count=settings.recount, device="cpu")
     batches = EpochBatches(
@@ -179,7 +208,7 @@ def train_loader(
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals_to_the_trainer,
     )
-    return DeviceBatches(loader, device=device, **normalisation)
+    return DeviceBatches(loader, device=device, token_labels=token_labels, **normalisation)
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -228,7 +257,7 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[Batch]:
         for index, (images, target) in enumerate(self.loader):
             if index >= self.first_pass:
-                yield Batch(images, target, [])
+                yield Batch(images, target, [], [])
 
 
 def eval_loader(

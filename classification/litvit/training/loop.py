@@ -42,6 +42,7 @@ from litvit.training.state import (
     save_weights,
 )
 from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Agreement, Diverged, Interrupted, StopSignals
+from litvit.training.token_labels import TokenLabels, TokenLabelTask, token_grid
 
 logger = logging.getLogger("litvit")
 
@@ -83,7 +84,13 @@ class Training:
             raise InputError(f"processes find different checkpoints in {self.folder}: all nodes must share --output")
 
         data_config = data_settings(settings, model)
-        self.train_batches = train_loader(train_images, settings, data_config, self.device, self.rank, self.world_size)
+        token_labels = None
+        if settings.token_label:
+            size = token_grid(settings, model, data_config["input_size"][-1])
+            token_labels = TokenLabels(settings.token_label_data, train_images, num_classes, size)
+        self.train_batches = train_loader(
+            train_images, settings, data_config, self.device, self.rank, self.world_size, token_labels
+        )
         self.val_batches = eval_loader(val_images, settings, data_config, self.device, self.distributed)
         self.mixup = create_mixup(settings, num_classes)
         self.updates_per_epoch = len(self.train_batches) // settings.grad_accum_steps
@@ -107,12 +114,16 @@ class Training:
 
         if settings.sync_bn and self.distributed and self.device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.task = ClassificationTask(
-            model,
-            criterion_kwargs={"smoothing": settings.smoothing, "soft_targets": self.mixup is not None},
-            device=self.device,
-            verbose=False,
-        )
+        if token_labels is not None:
+            weights = settings.cls_weight, settings.dense_weight
+            self.task = TokenLabelTask(model, token_labels.size, *weights, device=self.device, verbose=False)
+        else:
+            self.task = ClassificationTask(
+                model,
+                criterion_kwargs={"smoothing": settings.smoothing, "soft_targets": self.mixup is not None},
+                device=self.device,
+                verbose=False,
+            )
         if settings.model_ema:
             self.task.setup_ema(decay=settings.model_ema_decay, use_warmup=settings.model_ema_warmup)
         # how far the run has come: `update` counts all updates, `done` those of this epoch; `done` = all: not validated
@@ -121,6 +132,7 @@ class Training:
         self.bad_in_a_row = torch.zeros((), device=self.device)
         self.bad_updates = torch.zeros((), device=self.device)
         self.unreadable: list[str] = []  # of this epoch
+        self.broken_labels: list[str] = []
         self.last_save, self.saved = time.monotonic(), True
         self.signals = StopSignals()
         if resumed is not None:
@@ -216,7 +228,7 @@ class Training:
             Exit status: 0 trained, EXIT_INTERRUPTED, EXIT_DIVERGED.
 
         Raises:
-            InputError: the run's folder cannot be made, or too many images cannot be decoded.
+            InputError: the run's folder cannot be made, a label file is broken, or too many images cannot be decoded.
         """
         if self.settings.dry_run:
             set_up_logging(None, self.primary)
@@ -294,6 +306,7 @@ class Training:
             seed_everything(Stream.PASS, settings.seed, self.epoch, index, self.rank)
             images, target = batch.images, batch.target
             unreadable += batch.unreadable
+            self.broken_labels += batch.broken_labels
             if self.mixup is not None:
                 images, target = self.mixup(images, target)
             last_pass = (index + 1) % accum_steps == 0
@@ -381,7 +394,7 @@ class Training:
 
         Raises:
             Interrupted: after saving.
-            InputError: more unreadable images than `max_unreadable` allows.
+            InputError: a label file that cannot be used, or more unreadable images than `max_unreadable` allows.
         """
         kind, every = interval(self.settings.checkpoint_every)
         due = self.update % every == 0 if kind == "updates" else time.monotonic() - self.last_save > every
@@ -390,7 +403,11 @@ class Training:
             for path in unreadable:
                 logger.warning("cannot decode %s: another image takes its place", path)
             self.unreadable += unreadable
-        stop, due, count = self.agreement.sum(self.signals.received is not None, due, len(self.unreadable))
+        stop, due, count, broken = self.agreement.sum(
+            self.signals.received is not None, due, len(self.unreadable), len(self.broken_labels)
+        )
+        if broken:
+            raise InputError(self.agreement.join(self.broken_labels)[0])
         limit = self.settings.max_unreadable * self.updates_per_epoch * self.total_batch
         if count > limit:
             names = self.agreement.join(self.unreadable)
@@ -490,6 +507,8 @@ class Training:
             self.rates["warmup_lr"],
             self.rates["min_lr"],
         )
+        if settings.cfg:
+            logger.info("--cfg %s is not read: LVT's published settings are the model's defaults", settings.cfg)
         if self.epoch >= self.epochs:
             logger.info("this run has ended already")
         elif self.update:

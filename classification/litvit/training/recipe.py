@@ -18,7 +18,8 @@ from litvit.errors import InputError
 from litvit.training.state import SETTINGS, resumed_folder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-ONLY_ON_THE_COMMAND_LINE = ("data_dir", "config", "resume", "dry_run", "help")
+RECIPE_OF = {"lvt_cls": "lvt"}  # models of old commands
+ONLY_ON_THE_COMMAND_LINE = ("data_dir", "config", "cfg", "resume", "dry_run", "help")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -68,21 +69,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
         usage="%(prog)s DATA_DIR --model NAME [flags]     (several processes: distributed_train.sh NUM DATA_DIR ...)",
-        description="Train an image classifier. The recipe recipes/<model>.yaml sets the flags, the command line "
-        "overrides it. On/off flags are set by --FLAG and --no-FLAG.",
+        description="Train an image classifier. recipes/<model>.yaml sets the flags, the command line overrides it; "
+        "--no-FLAG: off.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
     on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument
+    add = parser.add_argument_group("recipe and run").add_argument
     add(
         "data_dir",
         metavar="DATA_DIR",
         help="folder with train/ and val/: a folder a class each, or train.tar and val.tar",
     )
-
-    add = parser.add_argument_group("recipe and run").add_argument
+    add("-h", "--help", action="help", help="show this and stop")
     add("--config", metavar="FILE", help="another recipe than recipes/<model>.yaml")
+    add("--cfg", help=argparse.SUPPRESS)  # of old commands, not read
     add("--output", default="output", metavar="DIR", help="runs are kept here (output)")
     add("--experiment", metavar="NAME", help="the run's folder in --output (date, time and model)")
     add("--resume", metavar="RUN", help="continue a run, with its settings: its folder; auto: --experiment's, if begun")
@@ -193,7 +195,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixup-prob", type=float, default=1.0, metavar="P", help="of either (1)")
     add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of cutmix where both are on (0.5)")
     add("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing from this epoch on (0: never off)")
-    add("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing (0.1)")
+    add("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing, not of token labels (0.1)")
+
+    add = parser.add_argument_group("token labels").add_argument
+    add("--token-label", action=on_off, default=False, help="train with soft labels of tokens, and mix token (lvt)")
+    add("--token-label-data", metavar="DIR", help="label files, <class>/<image name>.pt (make_token_labels.py)")
+    add("--token-label-size", type=int, help=argparse.SUPPRESS)  # of old commands: --img-size / 32, and nothing else
+    add("--dense-weight", type=float, default=0.5, metavar="X", help="of the tokens' loss (0.5)")
+    add("--cls-weight", type=float, default=1.0, metavar="X", help="of the class loss (1)")
 
     add = add_precision_flags(parser)
     add("--model-ema", action=on_off, default=False, help="average the weights; validation uses the average")
@@ -223,7 +232,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
 def add_model_flags(parser: argparse.ArgumentParser) -> Callable:
     """Flags that say how a model is built and what its images look like; returns the group's `add_argument`."""
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help="lit_ti, lit_s, lit_m, lit_b, or any of timm's")
+    add("--model", metavar="NAME", help="lit_ti, lit_s, lit_m, lit_b, lvt, or any of timm's")
     add("--img-size", type=int, metavar="N", help="pixels a side (the model's own: 224)")
     add("--in-chans", type=int, default=3, metavar="N", help="image channels (3)")
     add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="further arguments of the model")
@@ -339,8 +348,9 @@ def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     path = Path(flags.config) if flags.config else None
     if path is None and flags.resume and flags.resume != "auto":
         path = resumed_folder(flags.resume) / SETTINGS
-    if path is None and flags.model in recipe_names():
-        path = RECIPES / f"{flags.model}.yaml"
+    recipe = RECIPE_OF.get(flags.model, flags.model)
+    if path is None and recipe in recipe_names():
+        path = RECIPES / f"{recipe}.yaml"
     if path is not None:
         parser.set_defaults(**load_recipe(path, parser))
     settings = parser.parse_args(argv)
@@ -355,11 +365,12 @@ def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 POSITIVE = (
     *("batch_size", "val_batch_size", "grad_accum_steps", "epochs", "num_classes", "img_size", "in_chans"),
-    *("log_interval", "lr_base_size", "recount"),
+    *("log_interval", "lr_base_size", "recount", "token_label_size"),
 )
 NOT_NEGATIVE = (
     *("seed", "workers", "warmup_epochs", "cooldown_epochs", "aug_repeats", "weight_decay", "mixup", "cutmix"),
     *("clip_grad", "layer_decay", "offset_lr_scale", "lr", "lr_base", "min_lr", "warmup_lr"),
+    *("dense_weight", "cls_weight"),
 )
 FRACTIONS = (
     *("drop", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing"),
@@ -402,3 +413,12 @@ def check_settings(settings: argparse.Namespace) -> None:
         raise InputError(
             f"mixup and cutmix pair the images of a batch: --batch-size must be even, not {settings.batch_size}"
         )
+    if settings.token_label:
+        if settings.token_label_data is None:
+            raise InputError(
+                "--token-label needs --token-label-data DIR (make_token_labels.py makes it), or --no-token-label"
+            )
+        if mixing:
+            raise InputError("token labels have a mixing of their own: --mixup 0 --cutmix 0, or --no-token-label")
+        if settings.dataset:
+            raise InputError(f"token labels are files beside a folder or .tar: not with --dataset {settings.dataset}")

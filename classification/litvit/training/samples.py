@@ -63,6 +63,14 @@ def random_stream(stream: Stream, *key: int) -> Iterator[None]:
             torch.set_rng_state(states[2])
 
 
+class Labels(NamedTuple):
+    """Label maps, and what of them an image shows; of a batch: each stacked."""
+
+    maps: torch.Tensor  # (2, K, H, W): scores and their classes, over the whole image
+    boxes: torch.Tensor  # (4,): the crop, x1, y1, x2, y2 as fractions of the whole image
+    flipped: torch.Tensor  # (): whether the crop is flipped, left to right
+
+
 class Sample(NamedTuple):
     """One training sample as a loader process makes it."""
 
@@ -70,6 +78,8 @@ class Sample(NamedTuple):
     target: int
     erased: torch.Tensor | None  # (C, H, W): normalised values of erased pixels, NaN where the image stays
     unreadable: list[str]  # files that were tried before this image, and could not be decoded
+    labels: Labels | None
+    broken_labels: list[str]  # the errors that end the run
 
 
 class Images(Dataset):
@@ -90,6 +100,8 @@ class Images(Dataset):
         self.seed = seed
         self.transform: Callable | None = None
         self.erasing: RandomErasing | None = None
+        # of the image at a path: its label map, and errors
+        self.read_labels: Callable[[str], tuple[torch.Tensor, list[str]]] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -114,8 +126,14 @@ class Images(Dataset):
                     if len(unreadable) == self.TRIES:
                         raise
                 index = random.randrange(len(self))
-            image = self.transform(image)
-            return Sample(image, target, self._erase(image.shape), unreadable)
+            labels, broken_labels = None, []
+            if self.read_labels is None:
+                image = self.transform(image)
+            else:
+                image, box, flipped = self.transform(image)
+                label_map, broken_labels = self.read_labels(self.filenames([index])[0])
+                labels = Labels(label_map, torch.tensor(box), torch.tensor(flipped))
+            return Sample(image, target, self._erase(image.shape), unreadable, labels, broken_labels)
 
     def _decode(self, index: int) -> tuple[Image.Image, int]:
         try:

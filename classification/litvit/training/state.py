@@ -30,7 +30,7 @@ DIVERGED = "diverged.pth"
 BEST_WEIGHTS = "model_best.safetensors"
 SETTINGS = "settings.yaml"
 # settings that say where a run is carried out, not what it computes
-NOT_OF_THE_RUN = ("data_dir", "config", "resume", "dry_run", "device", "output", "experiment")
+NOT_OF_THE_RUN = ("data_dir", "config", "cfg", "resume", "dry_run", "device", "output", "experiment")
 # settings that a continued run may change: how it is carried out, and how long it is. Batch size and passes may change
 # together with the number of processes; the total batch may not
 MAY_CHANGE = (
@@ -43,6 +43,8 @@ MAY_CHANGE = (
     "checkpoint_every",
     "max_unreadable",
     "grad_checkpointing",
+    "token_label_data",
+    "token_label_size",  # the model's own, however it is given
 )
 
 

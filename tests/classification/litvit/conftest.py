@@ -1,4 +1,4 @@
-"""The published LIT checkpoints, rebuilt from their entries' names and shapes."""
+"""The published checkpoints, rebuilt from their entries' names and shapes."""
 
 import json
 import zlib
@@ -38,7 +38,7 @@ def _value(name, shape):
 @pytest.fixture(scope="session")
 def published():
     """A function of a model's name: its published state dict, with numbers or (numbers=False) on the meta device."""
-    shapes = json.loads((DATA / "published_lit.json").read_text())
+    shapes = json.loads((DATA / "published.json").read_text())
 
     def state_dict(model, numbers=True):
         entries = {}

@@ -25,7 +25,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lit_m", "lit_b"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lit_m", "lit_b", "lvt_cls"])
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 0}, {"features_only": True, "out_indices": (1, 2)}])
 def test_published_names_load_strictly(name, kwargs, published):
     with torch.device("meta"):
@@ -42,6 +42,7 @@ def test_published_names_load_strictly(name, kwargs, published):
         ("lit_ti_dense", {}),
         ("lit_s_dense", {"img_size": 800, "out_norms": (1, 2, 3)}),
         ("lit_s_dense", {"img_size": 512, "out_norms": (1, 2, 3)}),
+        ("lvt_dense", {}),
     ],
 )
 def test_published_dense_names_load_strictly(name, kwargs, published):

@@ -1,0 +1,240 @@
+"""Token labelling: a soft label for every token from stored label maps, and LVT's task of training with them.
+
+A label file, `<folder>/<class>/<image name>.pt` for every training image, is a tensor (2, K, H, W): K scores ([0]) and
+the classes that they belong to ([1]) at every position of a grid over the whole image. Other classes score 0.
+"""
+
+import argparse
+import inspect
+import os
+import random
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.mixup import rand_bbox
+from timm.loss import SoftTargetCrossEntropy
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+from torchvision.transforms import Compose
+from torchvision.transforms import functional as TF
+
+from litvit.checkpoints import read_checkpoint
+from litvit.errors import InputError
+from litvit.training.samples import Images, Labels
+
+STRIDE = 32  # pixels a token, a side
+
+
+class TokenLabels:
+    """The label files of a data set's training images.
+
+    Args:
+        folder: of the files.
+        images: the training images.
+        num_classes: of the model.
+        size: tokens a side of the model's last map.
+
+    Raises:
+        InputError: no such folder, an image without a file of its own, or a first file that is no label map.
+    """
+
+    def __init__(self, folder: str, images: Images, num_classes: int, size: int):
+        self.folder, self.num_classes, self.size = folder, num_classes, size
+        self.root = os.path.join(images.dataset.reader.root, "")
+        self.shape: torch.Size | None = None
+        if not os.path.isdir(folder):
+            raise InputError(f"--token-label-data {folder}: no such folder; make_token_labels.py makes one")
+        paths = images.filenames()
+        files = [self._file(path) for path in paths]
+        images_of = dict(zip(files, paths, strict=True))
+        if len(images_of) < len(files):
+            path, file = next((path, file) for path, file in zip(paths, files, strict=True) if images_of[file] != path)
+            raise InputError(f"{path} and {images_of[file]} share the label file {file}: rename or remove one")
+        self._refuse_missing(files)
+        self.shape = self.read(paths[0]).shape
+
+    def _file(self, path: str) -> str:
+        return os.path.join(self.folder, os.path.splitext(path.removeprefix(self.root))[0] + ".pt")
+
+    def _refuse_missing(self, files: list[str]) -> None:
+        there = set()
+        for folder in {os.path.dirname(file) for file in files}:
+            if os.path.isdir(folder):
+                there.update(os.path.join(folder, name) for name in os.listdir(folder))
+        missing = [file for file in files if file not in there]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(f"no label file {missing[0]}{more}: make_token_labels.py makes those that are missing")
+
+    def read(self, path: str) -> Tensor:
+        """Read the label map of an image.
+
+        Args:
+            path: of the image, as `Images.filenames` gives it.
+
+        Returns:
+            (2, K, H, W), float32: scores, and the classes that they belong to.
+
+        Raises:
+            InputError: the file cannot be read, holds code, or is no label map of these classes and of the first
+                file's shape.
+        """
+        file = self._file(path)
+        try:
+            labels = read_checkpoint(file, partial(torch.load, map_location="cpu", weights_only=True))
+        except InputError as error:
+            reason = str(error).rsplit(": ", 1)[0]
+            raise InputError(f"token labels: {reason}; remove it, and make_token_labels.py makes it anew") from None
+        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        if not isinstance(labels, Tensor) or labels.dim() != 4 or len(labels) != 2 or not labels.numel():
+            raise InputError(f"token labels: {file} holds {shape}, not scores and classes, (2, K, H, W)")
+        if self.shape is not None and labels.shape != self.shape:
+            raise InputError(f"token labels: {file} is {shape}, the first file {tuple(self.shape)}: make it anew")
+        labels = labels.float()
+        if not labels[0].isfinite().all():
+            raise InputError(f"token labels: {file} has scores that are no finite numbers: make it anew")
+        classes = labels[1]
+        if not ((classes >= 0) & (classes < self.num_classes) & (classes == classes.trunc())).all():
+            raise InputError(
+                f"token labels: {file} has classes outside of 0 to {self.num_classes - 1}: is it of another data set?"
+            )
+        return labels
+
+    def read_or_blank(self, path: str) -> tuple[Tensor, list[str]]:
+        """Read the label map of an image in mid-run, where processes can stop only together, at the end of an update.
+
+        Args:
+            path: of the image, as `Images.filenames` gives it.
+
+        Returns:
+            What `read` returns, or zeros; the error, if there is one.
+        """
+        try:
+            return self.read(path), []
+        except InputError as error:
+            return torch.zeros(self.shape), [str(error)]
+
+
+def token_grid(settings: argparse.Namespace, model: nn.Module, image_size: int) -> int:
+    """How many tokens a side the model gives labels for.
+
+    Args:
+        settings: `model`, `token_label_size`.
+        model: the model.
+        image_size: pixels a side.
+
+    Raises:
+        InputError: the model cannot be trained with token labels, or its grid has another size.
+    """
+    if getattr(model, "aux_head", None) is None or "mixed" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"--token-label: {settings.model} has no scores of its tokens; lvt has (or --no-token-label)")
+    if image_size % STRIDE:
+        raise InputError(f"--token-label needs an --img-size that is a multiple of {STRIDE}, not {image_size}")
+    size = image_size // STRIDE
+    if settings.token_label_size not in (None, size):
+        raise InputError(
+            f"--token-label-size {settings.token_label_size}: {settings.model} has {size} x {size} tokens at "
+            f"{image_size} x {image_size} pixels"
+        )
+    return size
+
+
+class LabelledTransform:
+    """timm's training transform, number for random number, that also tells where it cropped and whether it flipped.
+
+    Args:
+        primary, secondary, final: from timm's create_transform(separate=True).
+    """
+
+    def __init__(self, primary: Compose, secondary: Compose, final: Compose):
+        self.crop, *flips = primary.transforms
+        self.hflip = flips[0].p if flips else None
+        self.rest = Compose([secondary, final])
+
+    def __call__(self, image: Image.Image) -> tuple[np.ndarray, tuple[float, float, float, float], bool]:
+        """Transform an image.
+
+        Returns:
+            The image, uint8 (C, H, W); its crop box, x1, y1, x2, y2 as fractions of the whole image; whether flipped.
+        """
+        crop = self.crop
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        interpolation = crop.interpolation
+        if isinstance(interpolation, tuple):
+            interpolation = random.choice(interpolation)
+        x, y = image.size
+        box = left / x, top / y, (left + width) / x, (top + height) / y
+        image = TF.resized_crop(image, top, left, height, width, crop.size, interpolation)
+        flipped = self.hflip is not None and bool(torch.rand(1) < self.hflip)
+        return self.rest(TF.hflip(image) if flipped else image), box, flipped
+
+
+def soft_targets(labels: Labels, num_classes: int, size: int) -> Tensor:
+    """Soft labels of cropped and flipped images: RoIAlign of the label maps, then softmax over all classes.
+
+    Args:
+        labels: of a batch.
+        num_classes: C.
+        size: tokens a side.
+
+    Returns:
+        (B, 1 + size * size, C): of the image, and of every token, row by row.
+    """
+    scores, classes = labels.maps.unbind(1)
+    B, _, H, W = scores.shape
+    # a class may fill places for which there is no class, at score 0: add, so that it does not take its real score away
+    dense = scores.new_zeros(B, num_classes, H, W).scatter_add_(1, classes.long(), scores)
+    left, top, right, bottom = labels.boxes.unbind(1)
+    images = torch.arange(B, device=left.device)
+    boxes = torch.stack([images, left * W, top * H, right * W, bottom * H], 1)
+    whole, tokens = (roi_align(dense, boxes, side, aligned=True) for side in (1, size))  # (B, C, side, side)
+    tokens = torch.where(labels.flipped[:, None, None, None], tokens.flip(-1), tokens)
+    return torch.cat([whole.flatten(2), tokens.flatten(2)], 2).transpose(1, 2).softmax(-1)
+
+
+class TokenLabelTask(ClassificationTask):
+    """Training with mix token: a random box is pasted from the batch in reverse order, image and tokens have labels.
+
+    The loss is cls_weight * CE(class scores, lam * t + (1 - lam) * t reversed) + dense_weight * CE(token scores, their
+    labels), where lam is the part of the tokens outside of the box. A Beta(1, 1) draw sizes the box, as in cutmix, in
+    whole tokens.
+
+    Args:
+        model: `model(images, mixed)` gives class scores (B, C) and token scores (B, size * size, C), the latter put
+            back to where their images came from; mixed, a bool tensor (size, size), is true in the box.
+        size: tokens a side.
+        cls_weight, dense_weight: of the two losses.
+        kwargs: `device`, `dtype` and `verbose` of timm's TrainingTask.
+    """
+
+    def __init__(self, model: nn.Module, size: int, cls_weight: float = 1.0, dense_weight: float = 0.5, **kwargs):
+        super().__init__(model, criterion=SoftTargetCrossEntropy(), **kwargs)
+        self.size, self.cls_weight, self.dense_weight = size, cls_weight, dense_weight
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Compute the losses of a batch.
+
+        Args:
+            input: images (B, 3, H, W).
+            target: from `soft_targets`, (B, 1 + size * size, C).
+
+        Returns:
+            loss, cls_loss, dense_loss, and output, the class scores.
+        """
+        top, bottom, left, right = map(int, rand_bbox((self.size, self.size), np.random.beta(1, 1)))
+        lam = 1 - (bottom - top) * (right - left) / self.size**2
+        place = torch.arange(self.size, device=input.device)
+        mixed = ((place >= top) & (place < bottom))[:, None] & (place >= left) & (place < right)
+        class_logits, token_logits = self.trainable_module(input, mixed)
+        whole = target[:, 0]
+        cls_loss = self.criterion(class_logits.float(), lam * whole + (1 - lam) * whole.flip(0))
+        dense_loss = self.criterion(token_logits.float(), target[:, 1:])
+        return {
+            "loss": self.cls_weight * cls_loss + self.dense_weight * dense_loss,
+            "output": class_logits,
+            "cls_loss": cls_loss,
+            "dense_loss": dense_loss,
+        }
