@@ -1,17 +1,22 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 from scipy.ndimage import binary_dilation, binary_erosion
 from sklearn.datasets import load_digits
 
 from litvit import demo_data
-from litvit.demo_data import Settings, build, draw_scene, source_digits
+from litvit.demo_data import SceneSettings, Settings, build, draw_scene, source_digits
+from litvit.demo_data.__main__ import main
 from litvit.errors import InputError
 
 SMALL = Settings(train_per_class=3, val_per_class=2, image_size=48)
+DETECTION = SceneSettings("detection", train=6, val=3, image_size=96)
+SEGMENTATION = SceneSettings("segmentation", train=6, val=3, image_size=96)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -48,11 +53,111 @@ def test_image_folder_layout(tmp_path):
         assert np.asarray(image).std() > 10
 
 
-def test_same_pictures_whatever_the_number_of_processes(tmp_path):
-    build(tmp_path / "one", SMALL, workers=1)
-    build(tmp_path / "three", SMALL, workers=3)
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coco")
+    build(folder, DETECTION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ade(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ade")
+    build(folder, SEGMENTATION)
+    return folder
+
+
+def test_coco_instances(coco):
+    drawn = []
+    for split, count in (("train", 6), ("val", 3)):
+        truth = COCO(coco / "annotations" / f"instances_{split}2017.json")
+        assert [category["name"] for category in truth.loadCats(truth.getCatIds())] == list("0123456789")
+        assert truth.getImgIds() == list(range(1, count + 1))
+        assert truth.getAnnIds() == list(range(1, len(truth.anns) + 1))
+        assert {path.name for path in (coco / f"{split}2017").iterdir()} == {
+            image["file_name"] for image in truth.imgs.values()
+        }
+        for number in range(count):
+            scene = DETECTION.scene(split, number)
+            with Image.open(coco / f"{split}2017" / truth.imgs[number + 1]["file_name"]) as image:
+                assert (image.size, image.format) == ((128, 96), "JPEG")
+                assert np.abs(np.asarray(image, dtype=float) - scene.image).mean() < 5
+            annotations = truth.imgToAnns[number + 1]
+            assert 2 <= len(annotations) == len(scene.objects) <= 5
+            for annotation, thing in zip(annotations, scene.objects, strict=True):
+                left, top, right, bottom = thing.box
+                assert annotation["category_id"] == thing.label + 1
+                assert annotation["bbox"] == [left, top, right - left, bottom - top]
+                assert annotation["area"] == thing.mask.sum()
+                assert np.array_equal(truth.annToMask(annotation), thing.mask)
+            drawn.append(scene.image.tobytes())
+    assert len(set(drawn)) == 9
+
+
+def test_coco_panoptic(coco):
+    for split, count in (("train", 6), ("val", 3)):
+        truth = json.loads((coco / "annotations" / f"panoptic_{split}2017.json").read_text())
+        categories = [(category["id"], category["name"], category["isthing"]) for category in truth["categories"]]
+        names = (*demo_data.CLASSES, *demo_data.BACKGROUNDS)
+        assert categories == [(i, name, int(i <= 10)) for i, name in enumerate(names, 1)]
+        for number, (image, annotation) in enumerate(zip(truth["images"], truth["annotations"], strict=True)):
+            scene = DETECTION.scene(split, number)
+            assert image["id"] == annotation["image_id"] == number + 1
+            assert Path(image["file_name"]).stem == Path(annotation["file_name"]).stem
+            with Image.open(coco / "annotations" / f"panoptic_{split}2017" / annotation["file_name"]) as png:
+                ids = np.asarray(png).astype(int) @ [1, 256, 65536]
+            label = np.full(ids.shape, -1)
+            for segment in annotation["segments_info"]:
+                mask = ids == segment["id"]
+                rows, columns = np.nonzero(mask)
+                left, top, width, height = segment["bbox"]
+                assert (left, top) == (columns.min(), rows.min())
+                assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
+                assert segment["area"] == mask.sum()
+                label[mask] = segment["category_id"] - 1
+            expected = scene.background + 10
+            for thing in scene.objects:
+                expected[thing.mask] = thing.label
+                assert len(np.unique(ids[thing.mask])) == 1
+            assert np.array_equal(label, expected)
+            assert len(annotation["segments_info"]) == len(np.unique(ids)) > len(scene.objects)
+        assert number + 1 == count
+
+
+def test_ade20k(ade):
+    assert (*demo_data.BACKGROUNDS, *demo_data.CLASSES) == demo_data.SEGMENTATION_CLASSES
+    for split, folder, count in (("train", "training", 6), ("val", "validation", 3)):
+        images, labels = (sorted((ade / kind / folder).iterdir()) for kind in ("images", "annotations"))
+        assert [path.name for path in labels] == [path.stem + ".png" for path in images]
+        assert len(images) == count
+        for number in range(count):
+            scene = SEGMENTATION.scene(split, number)
+            with Image.open(labels[number]) as png:
+                assert png.mode == "P"
+                label, colours = np.asarray(png), np.asarray(png.convert("RGB"))
+            strokes = np.any([thing.mask for thing in scene.objects], axis=0)
+            # The pixels around a stroke are mixed of its colour and the background's.
+            unlabelled = binary_dilation(strokes, np.ones((3, 3))) & ~strokes
+            expected = np.where(unlabelled, 0, scene.background + 1)
+            for thing in scene.objects:
+                expected[thing.mask] = 5 + thing.label
+            assert np.array_equal(label, expected)
+            assert np.array_equal(colours, np.array([(0, 0, 0), *demo_data.PALETTE])[label])
+    assert len({(0, 0, 0), *demo_data.PALETTE}) == 15
+
+
+def test_detection_and_segmentation_show_the_same_scenes(coco, ade):
+    for one, other in (("train2017", "training"), ("val2017", "validation")):
+        pictures = zip(sorted((coco / one).iterdir()), sorted((ade / "images" / other).iterdir()), strict=True)
+        assert all(mine.read_bytes() == yours.read_bytes() for mine, yours in pictures)
+
+
+@pytest.mark.parametrize("settings", [SMALL, DETECTION, SEGMENTATION])
+def test_same_pictures_whatever_the_number_of_processes(tmp_path, settings):
+    build(tmp_path / "one", settings, workers=1)
+    build(tmp_path / "three", settings, workers=3)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
-    build(tmp_path / "other", Settings(3, 2, 48, seed=1))
+    build(tmp_path / "other", replace(settings, seed=1))
     same = contents(tmp_path / "one").items() & contents(tmp_path / "other").items()
     assert not same
 
@@ -83,6 +188,15 @@ def test_broken_or_other_set_is_built_anew(tmp_path):
     fewer = Settings(train_per_class=1, val_per_class=1, image_size=48)
     assert build(tmp_path, fewer)
     assert len(contents(tmp_path)) == 20 + 1
+
+    assert build(tmp_path, replace(DETECTION, train=2, val=1))
+    assert len(contents(tmp_path)) == 3 * 2 + 4 + 1
+    (tmp_path / "annotations" / "panoptic_val2017.json").unlink()
+    assert build(tmp_path, replace(DETECTION, train=2, val=1))
+    assert build(tmp_path, replace(SEGMENTATION, train=2, val=1))
+    assert len(contents(tmp_path)) == 3 * 2 + 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", demo_data.MARKER, "images"]
+    assert not build(tmp_path, replace(SEGMENTATION, train=2, val=1))
 
 
 def test_foreign_folders_are_refused_and_kept(tmp_path):
@@ -173,7 +287,7 @@ def test_scenes_vary():
 
 def test_demo_picture_is_the_one_in_the_repository(tmp_path):
     demo_data.save_picture(tmp_path / "drawn.JPEG")
-    shipped = Path(demo_data.__file__).parents[1] / "visualization" / "demo.JPEG"
+    shipped = Path(demo_data.__file__).parents[2] / "visualization" / "demo.JPEG"
     with Image.open(tmp_path / "drawn.JPEG") as drawn, Image.open(shipped) as kept:
         assert kept.size == drawn.size == (448, 448)
         # Versions of the image library may round differently.
@@ -183,10 +297,14 @@ def test_demo_picture_is_the_one_in_the_repository(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     argv = [str(tmp_path / "demo"), "--train-per-class", "2", "--val-per-class", "1", "--image-size", "32", "-j", "1"]
-    demo_data.main(argv)
+    main(argv)
     assert "20 training and 10 validation pictures" in capsys.readouterr().out
-    demo_data.main(argv)
+    main(argv)
     assert "already there" in capsys.readouterr().out
+    for task in ("detection", "segmentation"):
+        main([str(tmp_path / task), "--task", task, "--train", "2", "--val", "1", "--image-size", "96", "-j", "2"])
+        assert "2 training and 1 validation pictures" in capsys.readouterr().out
+        assert len(contents(tmp_path / task)) > 6
 
 
 @pytest.mark.parametrize(
@@ -197,11 +315,15 @@ def test_command_line(tmp_path, capsys):
         (["--seed", "-1"], "--seed is -1"),
         (["--image-size", "big"], "invalid int value: 'big'"),
         (["--task", "pose"], "invalid choice: 'pose'"),
+        (["--task", "detection", "--image-size", "64"], "--image-size is 64, but must be at least 96"),
+        (["--task", "segmentation", "--val", "0"], "--val is 0, but must be at least 1"),
+        (["--train", "5"], "--train is not for --task classification, whose pictures --train-per-class and"),
+        (["--task", "detection", "--val-per-class", "5"], "pictures --train and --val count"),
     ],
 )
 def test_wrong_flags(tmp_path, flags, message):
     with pytest.raises(InputError) as error:
-        demo_data.main([str(tmp_path / "demo"), *flags])
+        main([str(tmp_path / "demo"), *flags])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "demo").exists()

@@ -1,37 +1,20 @@
-"""Small real data sets for demos and tests: handwritten digits in drawn scenes, no download.
-
-    python -m litvit.demo_data data/demo
-
-The digits are scikit-learn's bundled 1797 handwritten ones (8 x 8 pixels), each enlarged, turned, coloured and placed
-on a drawn background. `draw_scene` makes a `Scene`, which knows its objects' boxes and masks and what the background is
-at every pixel; `build` writes scenes in ImageNet's layout (`train/<class>/*.png`, `val/...`). Pictures for training and
-validation show different source digits.
-"""
+"""Drawn scenes with handwritten digits, and all that is true of them."""
 
 import functools
-import json
 import math
 import os
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from litvit import cli
-from litvit.errors import InputError
-
 CLASSES = tuple("0123456789")
 BACKGROUNDS = ("gradient", "stripes", "noise", "discs")
 SPLITS = ("train", "val")
-MARKER = "demo_data.json"
 
 VAL_FRACTION = 0.2
-MIN_IMAGE_SIZE = 32
 MAX_ANGLE = 15.0
 # Luma (0 black, 1 white) of a scene's backgrounds spans at most TONE_SPAN, which leaves 0.3 above or below for strokes.
 TONE_SPAN = 0.4
@@ -67,18 +50,6 @@ class Scene:
     image: np.ndarray
     objects: list[SceneObject]
     background: np.ndarray
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What determines a set, to the pixel. `drawing` counts the changes of how scenes are drawn."""
-
-    train_per_class: int = 500
-    val_per_class: int = 100
-    image_size: int = 64
-    seed: int = 0
-    task: str = "classification"
-    drawing: int = 1
 
 
 @functools.cache
@@ -129,7 +100,7 @@ def draw_scene(
     for label, digit in digits:
         alpha = _place_digit(rng, digit, scale, occupied)
         mask = alpha > 0.5
-        touched = _grow(alpha > 0)
+        touched = grow(alpha > 0)
         colour = _stroke_colour(rng, canvas[touched] @ LUMA)
         canvas += alpha[..., None] * (colour - canvas)
         occupied |= touched
@@ -238,7 +209,7 @@ def _turn_and_enlarge(rng: np.random.Generator, digit: np.ndarray, side: float) 
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _grow(mask: np.ndarray) -> np.ndarray:
+def grow(mask: np.ndarray) -> np.ndarray:
     """Return the mask with every pixel that touches it."""
     padded = np.pad(mask, 1)
     tall = padded[:-2] | padded[1:-1] | padded[2:]
@@ -251,91 +222,6 @@ def _sharpen(digit: np.ndarray) -> np.ndarray:
     tall = padded[:-2] + padded[1:-1] + padded[2:]
     neighbourhood = (tall[:, :-2] + tall[:, 1:-1] + tall[:, 2:]) / 9
     return 2 * digit - neighbourhood
-
-
-def build(root: str | os.PathLike, settings: Settings, workers: int = 1) -> bool:
-    """Make the data set in a folder, unless it is there already.
-
-    Args:
-        root: new, empty, or a folder that this function made; a half-made set or one of other settings is made anew.
-        settings: what to build. The pictures depend on nothing else.
-        workers: processes that draw.
-
-    Returns:
-        Whether anything was built.
-
-    Raises:
-        InputError: the folder holds something that this function did not make, or cannot be written.
-    """
-    root = Path(root)
-    files = {f"{split}/{name}/{i:05d}.png" for split, name, i in _pictures(settings)}
-    try:
-        if root.is_dir() and any(root.iterdir()):
-            made, complete = _read_marker(root)
-            if complete and made == settings and all((root / file).is_file() for file in files):
-                return False
-            _remove_made(root, made)
-        root.mkdir(parents=True, exist_ok=True)
-        _write_marker(root, settings, complete=False)
-        jobs = [(root, settings, split, label) for split in SPLITS for label in range(len(CLASSES))]
-        if workers > 1:
-            with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
-                list(pool.map(_write_class, *zip(*jobs, strict=True)))
-        else:
-            for job in jobs:
-                _write_class(*job)
-        _write_marker(root, settings, complete=True)
-    except OSError as error:
-        raise InputError(f"cannot write the demo data to '{root}': {error.strerror or error}") from None
-    return True
-
-
-def _pictures(settings: Settings) -> list[tuple[str, str, int]]:
-    """Return (split, class name, number) of every picture in the set."""
-    counts = {"train": settings.train_per_class, "val": settings.val_per_class}
-    return [(split, name, i) for split in SPLITS for name in CLASSES for i in range(counts[split])]
-
-
-def _write_class(root: Path, settings: Settings, split: str, label: int) -> None:
-    digits = source_digits(settings.seed)[split][label]
-    folder = root / split / CLASSES[label]
-    folder.mkdir(parents=True, exist_ok=True)
-    count = settings.train_per_class if split == "train" else settings.val_per_class
-    for i in range(count):
-        rng = np.random.default_rng([settings.seed, SPLITS.index(split), label, i])
-        scene = draw_scene(rng, [(label, digits[i % len(digits)])], (settings.image_size, settings.image_size))
-        Image.fromarray(scene.image).save(folder / f"{i:05d}.png", compress_level=3)
-
-
-def _read_marker(root: Path) -> tuple[Settings, bool]:
-    """Return what was built in a folder, and whether it was finished."""
-    try:
-        marker = json.loads((root / MARKER).read_text())
-        return Settings(**marker["settings"]), marker["complete"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"'{root}' holds files but no demo data: name a new or an empty folder") from None
-
-
-def _write_marker(root: Path, settings: Settings, complete: bool) -> None:
-    # Renamed into place, so that a marker is never half written.
-    half = root / f"{MARKER}.tmp"
-    half.write_text(json.dumps({"settings": asdict(settings), "complete": complete}, indent=2) + "\n")
-    half.replace(root / MARKER)
-
-
-def _remove_made(root: Path, made: Settings) -> None:
-    """Remove a set's pictures, after a look whether there is anything else beside them."""
-    names = {f"{split}/{name}/{i:05d}.png" for split, name, i in _pictures(made)} | {MARKER, f"{MARKER}.tmp"}
-    folders = {str(parent) for name in names for parent in Path(name).parents}
-    files = []
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_symlink() or name not in (folders if path.is_dir() else names):
-            raise InputError(f"'{path}' is not part of the demo data in '{root}': move it away, or name another folder")
-        if not path.is_dir() and path.parent != root:
-            files.append(path)
-    for file in files:
-        file.unlink()
 
 
 def save_picture(path: str | os.PathLike, size: int = 448, seed: int = 6) -> None:
@@ -355,41 +241,3 @@ def save_picture(path: str | os.PathLike, size: int = 448, seed: int = 6) -> Non
     labels = rng.choice(len(CLASSES), size=6, replace=False)
     scene = draw_scene(rng, [(int(label), rng.choice(digits[label])) for label in labels], (size, size), (0.2, 0.4))
     Image.fromarray(scene.image).save(path, quality=90)
-
-
-def _parse(argv: Sequence[str] | None) -> tuple[str, Settings, int]:
-    defaults = Settings()
-    parser = cli.ArgumentParser(
-        prog="python -m litvit.demo_data",
-        description="Build a small image set, handwritten digits in drawn scenes, without any download.",
-    )
-    parser.add_argument("folder", metavar="DIR", help="new, empty, or made by this command before")
-    parser.add_argument("--task", choices=[defaults.task], default=defaults.task, help="layout: ImageNet's folders")
-    parser.add_argument("--train-per-class", type=int, default=defaults.train_per_class, metavar="N")
-    parser.add_argument("--val-per-class", type=int, default=defaults.val_per_class, metavar="N")
-    parser.add_argument("--image-size", type=int, default=defaults.image_size, metavar="PIXELS")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument(
-        "-j", "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that draw"
-    )
-    args = parser.parse_args(argv)
-    least = {"train_per_class": 1, "val_per_class": 1, "image_size": MIN_IMAGE_SIZE, "seed": 0, "workers": 1}
-    for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least {minimum}")
-    settings = Settings(args.train_per_class, args.val_per_class, args.image_size, args.seed, args.task)
-    return args.folder, settings, args.workers
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Build the demo data (`python -m litvit.demo_data --help`)."""
-    folder, settings, workers = _parse(argv)
-    start = time.perf_counter()
-    built = build(folder, settings, workers)
-    took = f"built in {time.perf_counter() - start:.1f} s" if built else "already there"
-    train, val = (count * len(CLASSES) for count in (settings.train_per_class, settings.val_per_class))
-    print(f"demo data: {train} training and {val} validation pictures in {folder} ({took})")
-
-
-if __name__ == "__main__":
-    cli.run(main)
