@@ -4,10 +4,10 @@ export LIT_VENV
 PYTHON = "$(LIT_VENV)/bin/python"
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo demo-lvt test lint format bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: ## make the environment with everything (about 10 minutes the first time)
 	@./setup_env.sh
@@ -15,6 +15,10 @@ setup: ## make the environment with everything (about 10 minutes the first time)
 demo: ## train, validate and plot a small LIT on real digits (classification only)
 	@./setup_env.sh --core
 	@./classification/demo.sh
+
+demo-lvt: ## train a small LVT with token labels of that LIT
+	@./setup_env.sh --core
+	@./classification/demo.sh lvt
 
 # A test process a core, one torch thread each.
 test: setup ## run all tests; ARGS="tests/classification -k dtm" runs some

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import platform
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from litvit.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PEER = "swin_tiny_patch4_window7_224"
+PUBLISHED_LVT = Path(__file__).parents[1] / "tests/classification/litvit/models/published_lvt.py"
 
 
 def interleaved_medians(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
@@ -143,6 +145,8 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
     amp = contextlib.nullcontext
     if args.amp_dtype:
         amp = lambda: torch.autocast(device.type, DTYPES[args.amp_dtype])  # noqa: E731
+    if PUBLISHED_LVT.stem in args.models:
+        runpy.run_path(str(PUBLISHED_LVT), run_name=PUBLISHED_LVT.stem)
     models, rows = {}, []
     for name in map(cli.model_name, args.models):
         model = timm.create_model(name).to(device, dtype)
@@ -245,7 +249,13 @@ def _parser() -> cli.ArgumentParser:
     dtm.add_argument("--model", choices=timm.list_models("lit_*"), default="lit_s", help="whose three shapes")
     dtm.set_defaults(measure=benchmark_dtm, table=_dtm_table)
     models = doors.add_parser("models", parents=[common], help="images/s of models; ratios are to the last one")
-    models.add_argument("models", nargs="*", default=["lit_s", PEER], metavar="MODEL")
+    models.add_argument(
+        "models",
+        nargs="*",
+        default=["lit_s", PEER],
+        metavar="MODEL",
+        help=f"published_lvt is LVT's published arithmetic, operation by operation (default: lit_s {PEER})",
+    )
     models.add_argument("--amp-dtype", choices=["bfloat16", "float16"], help="autocast to this type")
     models.set_defaults(measure=benchmark_models, table=_models_table)
     return parser

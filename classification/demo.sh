@@ -1,21 +1,36 @@
 #!/usr/bin/env bash
-# The demo, end to end: real digits -> a trained LIT -> its top-1 and its offset plots. `make demo` calls it.
+# The demos, end to end, on real digits: a trained model and its top-1. `make demo` and `make demo-lvt` call it.
+#   demo.sh        a LIT and its offset plots
+#   demo.sh lvt    an LVT, with token labels that the LIT of the first demo gives
 set -euo pipefail
 
 python=${PYTHON:-$(cd "${LIT_VENV:-$(dirname "$0")/../.venv}/bin" && pwd)/python}
 cd "$(dirname "$0")"
 root=$(cd .. && pwd)
 data=$root/data/demo
-run=$root/output/demo
 image=$data/val/3/00000.png
-
-rm -rf "$run" # the last demo's
 "$python" -m litvit.demo_data "$data" --train-per-class 1700
-"$python" train.py "$data" --config recipes/demo.yaml --output "$root/output" --experiment demo
-"$python" validate.py "$data" --checkpoint "$run/model_best.safetensors" --results-file "$run/validation.json"
-"$python" visualize_offset.py --resume "$run/model_best.safetensors" --vis_image "$image" --output "$run/offsets"
 
+train_and_validate() { # NAME: of the recipe and of the run; further flags of train.py
+    run=$root/output/$1
+    rm -rf "$run" # the last demo's
+    "$python" train.py "$data" --config "recipes/$1.yaml" --output "$root/output" --experiment "$1" "${@:2}"
+    "$python" validate.py "$data" --checkpoint "$run/model_best.safetensors" --results-file "$run/validation.json"
+    echo "run:      $run (settings.yaml, summary.csv, train.log, tensorboard/, model_best.safetensors, validation.json)"
+}
+
+if [[ ${1:-} == lvt ]]; then
+    teacher=$root/output/demo/model_best.safetensors
+    labels=$root/output/demo_labels
+    [[ -f $teacher ]] || train_and_validate demo
+    rm -rf "$labels"
+    "$python" make_token_labels.py "$data" "$labels" --checkpoint "$teacher"
+    train_and_validate demo_lvt --token-label-data "$labels"
+    echo "labels:   $labels (what the LIT of 'make demo' sees at every token)"
+else
+    train_and_validate demo
+    "$python" visualize_offset.py --resume "$run/model_best.safetensors" --vis_image "$image" --output "$run/offsets"
+    echo "offsets:  $run/offsets/00000/overview.png"
+fi
 echo "data:     $data"
-echo "run:      $run (settings.yaml, summary.csv, train.log, tensorboard/, model_best.safetensors, validation.json)"
-echo "offsets:  $run/offsets/00000/overview.png"
 "$python" -c 'import json, sys; print("demo: top1 %.1f" % json.load(open(sys.argv[1]))["top1"])' "$run/validation.json"

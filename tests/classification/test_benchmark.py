@@ -33,9 +33,10 @@ def test_dtm_prints_a_table_and_writes_json(tmp_path):
 
 
 def test_models_prints_a_table():
-    result = run("models", "lit_ti", "resnet10t", "--batch-size", 1, "--repeats", 1, "--threads", 1)
+    result = run("models", "lit_ti", "published_lvt", "resnet10t", "--batch-size", 1, "--repeats", 1, "--threads", 1)
     assert result.returncode == 0, result.stderr
     assert "| lit_ti | 19.89 | 3.61 |" in result.stdout
+    assert "| published_lvt | 5.52 | 0.89 |" in result.stdout
     assert "| resnet10t |" in result.stdout
 
 

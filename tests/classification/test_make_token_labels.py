@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+import train
+import validate
 from PIL import Image
 from torch import nn
 
@@ -332,3 +334,22 @@ def test_help_tells_the_format(run_main):
     assert "a tensor (2, 5, H, W)" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 120
     assert Path(make_token_labels.__file__).name in outcome.out
+
+
+def test_an_lvt_trains_on_what_a_trained_teacher_says(digits, tmp_path, tiny_flags, run_main):
+    """The chain of `make demo-lvt`: a teacher of train.py, its labels, an LVT trained with them, its evaluation."""
+    mean_pooled = ["class_token=False", "global_pool=avg", "position=relative"]
+    where = [digits, "--output", tmp_path, "--epochs", 1]
+    assert run_main(train, *tiny_flags, *mean_pooled, *where[1:], "--experiment", "teacher", where[0]).status == 0
+    teacher = tmp_path / "teacher" / "model_best.safetensors"
+    made = run_main(make_token_labels, digits, tmp_path / "labels", "--checkpoint", teacher, "-j", 0)
+    assert made.status == 0
+    assert "made 80 label files" in made.out
+    kwargs = ["dims=(8,8,16,16)", "depths=(1,1,1,1)", "num_heads=(1,1,2,2)", "class_heads=2"]
+    flags = ["--model", "lvt", "--token-label-data", tmp_path / "labels", "--img-size", 64, "-b", 20, "-j", 0]
+    schedule = ["--warmup-epochs", 0, "--cooldown-epochs", 0, "--lr", 2e-3, "--model-kwargs", *kwargs]
+    assert run_main(train, *where, "--experiment", "student", *flags, *schedule).status == 0
+    student = tmp_path / "student" / "model_best.safetensors"
+    result = run_main(validate, digits, "--checkpoint", student, "-j", 0)
+    assert result.status == 0
+    assert json.loads(result.out)["model"] == "lvt"
