@@ -255,7 +255,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     except RuntimeError as error:
         model.load_state_dict(before)
         name = cfg.get("architecture", type(model).__name__)
-        raise InputError(f"{path} does not fit {name}: {_mismatch(entries, name, error)}") from error
+        raise InputError(f"{path} does not fit {name}: {mismatch(entries, name, error)}") from error
     if classes and not new_classifier:
         model.load_state_dict(before)
         held, wanted = classes
@@ -267,8 +267,9 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
         _logger.warning("%s holds %d classes, the model has %d: its classifier starts afresh", path, *classes)
 
 
-def _mismatch(entries: dict[str, Tensor], name: str, error: RuntimeError) -> str:
-    likely = _recognise(entries)
+def mismatch(entries: dict[str, Tensor], name: str, error: RuntimeError) -> str:
+    """Say in a few words why load_state_dict has refused `entries` for the model `name`."""
+    likely = recognise(entries)
     if likely and likely != name:
         return f"these are the weights of {likely}"
     # torch's first line names the class alone; each further one a kind of mismatch.
@@ -276,7 +277,7 @@ def _mismatch(entries: dict[str, Tensor], name: str, error: RuntimeError) -> str
     return textwrap.shorten(lines[0], 160, placeholder=" ...") if lines else str(error)
 
 
-def _recognise(entries: dict[str, Tensor]) -> str | None:
+def recognise(entries: dict[str, Tensor]) -> str | None:
     """Return the name of the model of litvit that has the layers in `entries`, None if there is none."""
     layers = _layer_shapes(to_own_names(entries))
     for name in list_models(["lit_*", "lvt*"]):

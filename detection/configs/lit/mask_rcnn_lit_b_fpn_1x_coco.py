@@ -1,0 +1,10 @@
+# Mask R-CNN with LIT-B on COCO, 1x: no published number; 109.4 M parameters.
+# LIT-S's settings; stochastic depth as Swin-B's.
+# Run:  bash tools/dist_train.sh configs/lit/mask_rcnn_lit_b_fpn_1x_coco.py 8
+# Cost: not measured.
+_base_ = "mask_rcnn_lit_s_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(arch="lit_b", drop_path_rate=0.3, init_cfg=dict(checkpoint="pretrained/lit_b.pth")),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

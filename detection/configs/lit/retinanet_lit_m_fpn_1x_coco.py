@@ -1,0 +1,9 @@
+# RetinaNet with LIT-M on COCO, 1x: no published number; 61.6 M parameters.
+# LIT-S's settings; stochastic depth as Swin-S's.
+# Run:  bash tools/dist_train.sh configs/lit/retinanet_lit_m_fpn_1x_coco.py 8
+# Cost: not measured.
+_base_ = "retinanet_lit_s_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(arch="lit_m", drop_path_rate=0.2, init_cfg=dict(checkpoint="pretrained/lit_m.pth")),
+)

@@ -1,0 +1,56 @@
+# Panoptic FPN with LVT on the demo's panoptic scenes (`python -m litvit.demo_data data/coco-demo --task detection`):
+# digits are things, backgrounds are stuff.
+# Run:  in detection/: python tools/train.py configs/lvt/panoptic_fpn_lvt_fpn_demo.py
+# Cost: not measured.
+_base_ = "_panoptic_fpn_lvt.py"
+
+data_root = "../data/coco-demo/"
+things = tuple("0123456789")
+stuff = ("gradient", "stripes", "noise", "discs")
+metainfo = dict(classes=(*things, *stuff), thing_classes=things, stuff_classes=stuff)
+scale = (192, 144)
+
+model = dict(
+    backbone=dict(init_cfg=None),
+    roi_head=dict(bbox_head=dict(num_classes=10), mask_head=dict(num_convs=2, num_classes=10)),
+    semantic_head=dict(num_things_classes=10, num_stuff_classes=4),
+    panoptic_fusion_head=dict(num_things_classes=10, num_stuff_classes=4),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), panoptic=dict(stuff_area_limit=256)),
+)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadCocoPanoptic"),
+    dict(type="Resize", scale=scale, keep_ratio=True),
+    dict(type="PackDetInputs"),  # no flip: a mirrored digit is another sign
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=scale, keep_ratio=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline),
+)
+val_dataloader = dict(
+    num_workers=1,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(
+    ann_file=data_root + "annotations/panoptic_val2017.json", seg_prefix=data_root + "annotations/panoptic_val2017/"
+)
+test_evaluator = val_evaluator
+
+epochs = 8
+train_cfg = dict(max_epochs=epochs, val_interval=2)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type="CosineAnnealingLR", T_max=epochs, eta_min_ratio=0.01, begin=0, end=epochs, convert_to_iter_based=True),
+]
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=1.0))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
+randomness = dict(seed=0)

@@ -1,0 +1,169 @@
+"""The command lines of detection/, on a few drawn scenes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from litvit.demo_data import SceneSettings, build
+from litvit.errors import InputError
+from litvit.openmmlab.tools import run_tool
+
+DETECTION = Path(__file__).parents[2] / "detection"
+
+# The demo's Mask R-CNN with a tiny backbone, on the scenes of `root`.
+CONFIG = """
+_base_ = "{detection}/configs/lit/mask_rcnn_lit_ti_fpn_demo.py"
+data_root = "{root}/"
+model = dict(
+    backbone=dict(
+        dims=(16, 32, 40, 64), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2), img_size=64, init_cfg=None
+    ),
+    neck=dict(in_channels=[16, 32, 40, 64]),
+)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
+val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1, val_interval=1)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(max_keep_ckpts=9))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config on 4 training and 2 validation scenes of 96 x 128."""
+    folder = tmp_path_factory.mktemp("detection")
+    build(folder / "coco", SceneSettings("detection", train=4, val=2, image_size=96))
+    file = folder / "tiny.py"
+    file.write_text(CONFIG.format(detection=DETECTION, root=folder / "coco"))
+    return file
+
+
+def run(script, *arguments):
+    program = "bash" if script.endswith(".sh") else sys.executable
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [program, DETECTION / "tools" / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(config):
+    """The folder of a run that two processes trained for an epoch on the CPU."""
+    folder = config.parent / "run"
+    done = run("dist_train.sh", config, 2, "--work-dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch(train) [1][1/1]" in done.stdout
+    return folder
+
+
+def test_an_interrupted_training_resumes(config, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "last_checkpoint").write_text(str(folder / "epoch_1.pth"))
+    done = run("train.py", config, "--work-dir", folder, "--resume", "--cfg-options", "train_cfg.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "resumed epoch: 1" in done.stdout
+    assert "Epoch(train) [1]" not in done.stdout
+    assert (folder / "epoch_2.pth").exists()
+
+
+def test_evaluation_of_a_trained_detector(config, trained, tmp_path):
+    done = run("dist_test.sh", config, trained / "epoch_1.pth", 2, "--work-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (numbers,) = tmp_path.glob("*/*.json")
+    assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} <= json.loads(numbers.read_text()).keys()
+
+
+def test_pictures_are_drawn(config, trained, tmp_path):
+    image = config.parent / "coco" / "val2017" / "000000000001.jpg"
+    flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "new" / "folder"]
+    done = run("predict.py", image, *flags, "--score-thr", "0")
+    assert done.returncode == 0, done.stderr
+    drawn = Image.open(tmp_path / "new" / "folder" / image.name)
+    assert drawn.size == Image.open(image).size
+    assert drawn.tobytes() != Image.open(image).tobytes()
+    done = run("predict.py", tmp_path / "none.jpg", *flags)
+    assert (done.returncode, done.stderr) == (2, f"error: no picture at {tmp_path / 'none.jpg'}\n")
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("test", ["{config}", "{checkpoint}", "--eval", "bbox", "segm"], "--eval is of an older OpenMMLab"),
+        ("train", ["{config}", "--resume-from", "x.pth"], "say --resume"),
+        ("train", ["nowhere.py"], "no config at nowhere.py"),
+        ("test", ["{config}", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+        ("train", ["{config}", "--cfg-options", "model.backbone.arch=lit_x"], "unknown arch 'lit_x'"),
+        (
+            "train",
+            ["{config}", "--cfg-options", "train_dataloader.dataset.data_root=nowhere"],
+            "no data at nowhere/annotations/instances_train2017.json",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "val_dataloader.dataset.metainfo.classes=('cat','dog')"],
+            "has 0 of the config's 2 classes (cat, dog ...)",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "train_dataloader.dataset.metainfo.classes=('cat','dog')"],
+            "no picture has an object of the config's classes",
+        ),
+        ("train", ["{retinanet}"], "no ImageNet weights at pretrained/lit_ti.pth"),
+        (
+            "test",
+            ["{config}", "{checkpoint}", "--cfg-options", "model.backbone.depths=(1,1,2,1)"],
+            "epoch_1.pth does not fit the config",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "load_from={checkpoint}", "model.backbone.depths=(1,1,2,1)"],
+            "and backbone.stages.2.blocks.1.norm1.weight",
+        ),
+    ],
+)
+def test_wrong_input_is_one_line(tool, arguments, message, config, trained, tmp_path, monkeypatch):
+    names = {
+        "config": config,
+        "checkpoint": trained / "epoch_1.pth",
+        "retinanet": DETECTION / "configs/lit/retinanet_lit_ti_fpn_1x_coco.py",
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *(argument.format(**names) for argument in arguments)])
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        run_tool("mmdet", tool)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_processes_say_it_once(config):
+    done = run("dist_test.sh", config, "nowhere.pth", 2)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "nowhere" in line] == ["error: no checkpoint at nowhere.pth"]
+    assert "Traceback" not in done.stderr
+
+
+def test_no_process_waits_for_one_that_refused_a_checkpoint(config, trained):
+    flags = ["--cfg-options", "model.backbone.depths=(1,1,2,1)"]
+    done = run("dist_test.sh", config, trained / "epoch_1.pth", 2, *flags)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "does not fit the config" in done.stderr.splitlines()[-1]
+
+
+def test_the_number_of_gpus_is_asked_for(config):
+    assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).stderr
+    done = run("dist_train.sh", config, "many")
+    assert done.returncode == 2
+    assert "'many' is no number of GPUs" in done.stderr
