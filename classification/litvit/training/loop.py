@@ -116,7 +116,9 @@ class Training:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if token_labels is not None:
             weights = settings.cls_weight, settings.dense_weight
-            self.task = TokenLabelTask(model, token_labels.size, *weights, device=self.device, verbose=False)
+            self.task = TokenLabelTask(
+                model, token_labels.size, *weights, settings.mix_token, device=self.device, verbose=False
+            )
         else:
             self.task = ClassificationTask(
                 model,

@@ -198,9 +198,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing, not of token labels (0.1)")
 
     add = parser.add_argument_group("token labels").add_argument
-    add("--token-label", action=on_off, default=False, help="train with soft labels of tokens, and mix token (lvt)")
+    add("--token-label", action=on_off, default=False, help="train with soft labels of tokens (lvt)")
     add("--token-label-data", metavar="DIR", help="label files, <class>/<image name>.pt (make_token_labels.py)")
-    add("--token-label-size", type=int, help=argparse.SUPPRESS)  # of old commands: --img-size / 32, and nothing else
+    add("--token-label-size", type=int, metavar="N", help="tokens a side: --img-size / 32, and nothing else")
+    add("--mix-token", action=on_off, default=True, help="paste a box of tokens from another image of the batch (on)")
     add("--dense-weight", type=float, default=0.5, metavar="X", help="of the tokens' loss (0.5)")
     add("--cls-weight", type=float, default=1.0, metavar="X", help="of the class loss (1)")
 

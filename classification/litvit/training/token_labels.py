@@ -207,12 +207,21 @@ class TokenLabelTask(ClassificationTask):
             back to where their images came from; mixed, a bool tensor (size, size), is true in the box.
         size: tokens a side.
         cls_weight, dense_weight: of the two losses.
+        mix_token: whether boxes are pasted; labels alone otherwise.
         kwargs: `device`, `dtype` and `verbose` of timm's TrainingTask.
     """
 
-    def __init__(self, model: nn.Module, size: int, cls_weight: float = 1.0, dense_weight: float = 0.5, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        size: int,
+        cls_weight: float = 1.0,
+        dense_weight: float = 0.5,
+        mix_token: bool = True,
+        **kwargs,
+    ):
         super().__init__(model, criterion=SoftTargetCrossEntropy(), **kwargs)
-        self.size, self.cls_weight, self.dense_weight = size, cls_weight, dense_weight
+        self.size, self.cls_weight, self.dense_weight, self.mix_token = size, cls_weight, dense_weight, mix_token
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Compute the losses of a batch.
@@ -224,7 +233,8 @@ class TokenLabelTask(ClassificationTask):
         Returns:
             loss, cls_loss, dense_loss, and output, the class scores.
         """
-        top, bottom, left, right = map(int, rand_bbox((self.size, self.size), np.random.beta(1, 1)))
+        uncovered = np.random.beta(1, 1) if self.mix_token else 1.0
+        top, bottom, left, right = map(int, rand_bbox((self.size, self.size), uncovered))
         lam = 1 - (bottom - top) * (right - left) / self.size**2
         place = torch.arange(self.size, device=input.device)
         mixed = ((place >= top) & (place < bottom))[:, None] & (place >= left) & (place < right)

@@ -223,6 +223,15 @@ def test_boxes_are_whole_rectangles_of_beta_area():
     assert 8 < np.mean(areas) < 17
 
 
+def test_without_mix_token_no_box_is_pasted():
+    model = Fixed(torch.zeros(2, 2), torch.zeros(2, 49, 2))
+    task = TokenLabelTask(model, 7, mix_token=False, verbose=False)
+    for seed in range(20):
+        np.random.seed(seed)
+        task(torch.zeros(2, 3, 8, 8), torch.full((2, 50, 2), 0.5))
+        assert not model.mixed.any()
+
+
 def weights(folder):
     state = torch.load(folder / CHECKPOINT, weights_only=True)
     return {**state["state_dict"], **{f"ema.{name}": value for name, value in state["state_dict_ema"].items()}}
