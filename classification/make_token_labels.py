@@ -27,7 +27,7 @@ from litvit.analysis.token_scores import is_class_token_classifier, token_scores
 from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, model_name, run
 from litvit.errors import InputError
-from litvit.training.data import class_list, class_names, open_images
+from litvit.training.data import class_list, class_names, open_images, refuse_other_numbers
 from litvit.training.loaders import leave_signals_to_the_trainer, loader_workers
 from litvit.training.model import autocast_context, build_model, choose_device, data_settings
 from litvit.training.recipe import (
@@ -41,8 +41,8 @@ from litvit.training.recipe import (
 from litvit.training.samples import Images
 from litvit.training.state import read_description
 from litvit.training.stop import EXIT_INTERRUPTED, StopSignals
+from litvit.training.token_labels import TEACHER, label_files
 
-TEACHER = "teacher.json"
 WRITERS = 4  # batches that are written side by side
 
 DESCRIPTION = """\
@@ -100,6 +100,8 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(**defaults, model_kwargs=list(description.get("model_kwargs", {}).items()))
     settings = parser.parse_args(argv)
     if settings.model is None:
+        if settings.checkpoint and not Path(settings.checkpoint).is_file():
+            raise InputError(f"no checkpoint at {settings.checkpoint}")
         raise InputError("which model is the teacher? --model NAME")
     model_name(settings.model)
     if settings.crop_pct is not None:
@@ -130,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")},
         "classes": class_list(images),
         "weights": hash_weights(model),
+        "precision": settings.amp_dtype if settings.amp else "float32",
         "checkpoint": settings.checkpoint or "pretrained",
     }
     label = labeller(model.to(device), data_config, settings, device)
@@ -223,36 +226,14 @@ def make_labels(
     return made, unreadable
 
 
-def label_files(images: Images) -> list[str]:
-    """The label file of every image, relative to the folder of them all: the image's own path in its split, as .pt.
-
-    Raises:
-        InputError: two images of one name, or a .tar that leads out of its folder.
-    """
-    reader, names = images.dataset.reader, {}
-    for number in range(len(images)):
-        name = reader.filename(number)
-        file = os.path.normpath(os.path.splitext(name)[0] + ".pt")
-        if os.path.isabs(file) or file.startswith(os.path.join("..", "")):
-            raise InputError(f"the image {name} of {reader.root} lies outside of it: pack the .tar anew")
-        if file in names:
-            raise InputError(f"{names[file]} and {name} would share the labels {file}: rename or remove one")
-        names[file] = name
-    return list(names)
-
-
 def count_classes(settings: argparse.Namespace, images: Images) -> int:
     """The number of classes of the teacher, which are numbered as train.py numbers those of the data.
 
     Raises:
         InputError: the teacher knows other classes.
     """
-    found, known = class_list(images), settings.classes
-    if known and found and found != known:
-        place = next((i for i, pair in enumerate(zip(found, known, strict=False)) if pair[0] != pair[1]), None)
-        differ = f"{len(found)} and {len(known)}" if place is None else f"number {place} is {found[place]}, "
-        differ += "" if place is None else f"the checkpoint's {known[place]}"
-        raise InputError(f"the classes of {settings.data_dir} are not those of {settings.checkpoint}: {differ}")
+    known = settings.classes
+    refuse_other_numbers(class_list(images), known, settings.data_dir, f"those of {settings.checkpoint}")
     counted = max(class_names(images).values()) + 1
     num_classes = settings.num_classes or counted
     if counted > num_classes or (counted < num_classes and not known and not settings.class_map):

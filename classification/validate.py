@@ -57,6 +57,8 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(**defaults, model_kwargs=list(description.get("model_kwargs", {}).items()))
     settings = parser.parse_args(argv)
     if settings.model is None:
+        if not Path(settings.checkpoint).is_file():
+            raise InputError(f"no checkpoint at {settings.checkpoint}")
         raise InputError("which model? --model NAME")
     model_name(settings.model)
     settings.model_kwargs = dict(settings.model_kwargs)

@@ -314,7 +314,7 @@ def test_wrong_folders_are_one_line(digits_copy, tmp_path, teacher, run, run_mai
     assert re.fullmatch(r"error: cannot write to .*: File exists\n", error(outcome))
     assert re.fullmatch(r"error: no data folder .*\n", error(run(data=tmp_path / "none")))
     (digits_copy / "train" / "5").rename(digits_copy / "train" / "five")
-    message = r"error: the classes of .* are not those of .*: number 5 is 6, the checkpoint's 5\n"
+    message = r"error: the classes of .* are not those of .*: number 5 is 6, not 5\n"
     assert re.fullmatch(message, error(run(data=digits_copy)))
 
 

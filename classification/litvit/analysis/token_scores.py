@@ -47,9 +47,10 @@ def token_scores(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """How many class and register tokens come before a model's patch tokens."""
+    """How many class, distillation and register tokens come before a model's patch tokens."""
     has_class_token = is_class_token_classifier(model) or getattr(model, "cls_token", None) is not None
-    return getattr(model, "num_prefix_tokens", int(has_class_token))
+    has_distillation_token = getattr(model, "head_dist", None) is not None
+    return getattr(model, "num_prefix_tokens", int(has_class_token) + int(has_distillation_token))
 
 
 def is_class_token_classifier(model: nn.Module) -> bool:

@@ -52,8 +52,8 @@ class Backbone(nn.Module):
         """(B, in_chans, H, W) of any size -> what the first stage takes."""
         raise NotImplementedError
 
-    def _last_tokens(self, stage_input: Tensor, x: Tensor) -> Tensor:
-        """What the last stage got and gave -> the tokens of `forward_features`."""
+    def _last_tokens(self, x: Tensor, stage_input: Tensor) -> Tensor:
+        """What the last stage gave and got -> the tokens of `forward_features`."""
         raise NotImplementedError
 
     def _set_global_pool(self, global_pool: str) -> None:
@@ -168,7 +168,7 @@ class Backbone(nn.Module):
         if intermediates_only:
             return maps
         if stop == len(self.feature_info):
-            x = self._last_tokens(stage_input, x)
+            x = self._last_tokens(x, stage_input)
         return x, maps
 
     def _pool(self, x: Tensor) -> Tensor:

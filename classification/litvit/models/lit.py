@@ -271,7 +271,7 @@ class LIT(Backbone):
         refuse_small(x)
         return self.patch_embed(_pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2))
 
-    def _last_tokens(self, stage_input: Tensor, x: Tensor) -> Tensor:
+    def _last_tokens(self, x: Tensor, stage_input: Tensor) -> Tensor:
         if self.cls_token is not None:  # a dense map has no class token: the last stage runs a second time
             x = self.stages[-1](stage_input, self._class_token())
         return self.norm(x)

@@ -272,6 +272,10 @@ class LVT(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(in_chans, num_classes, dims, True, drop_rate)
+        of_stages = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "reductions": (0, *reductions)}
+        for name, values in of_stages.items():
+            if len(values) != len(dims):
+                raise InputError(f"{name} must fit the {len(dims)} stages of dims (reductions: all but the first)")
         if any(dim % heads for dim, heads in zip((*dims, dims[-1]), (*num_heads, class_heads), strict=True)):
             heads = f"num_heads {tuple(num_heads)} and class_heads {class_heads}"
             raise InputError(f"{heads} must divide dims {tuple(dims)} and {dims[-1]}")
@@ -329,7 +333,7 @@ class LVT(Backbone):
         refuse_small(x)
         return x.permute(0, 2, 3, 1)
 
-    def _last_tokens(self, stage_input: Tensor, x: Tensor) -> Tensor:
+    def _last_tokens(self, x: Tensor, stage_input: Tensor | None = None) -> Tensor:
         B, h, w, C = x.shape
         if self.cls_token is None:
             return self.norm(x)
@@ -348,8 +352,8 @@ class LVT(Backbone):
         """
         x = self.stages[0](self._embed(x), mixed)
         for stage in self.stages[1:]:
-            stage_input, x = x, stage(x)
-        return self._last_tokens(stage_input, x)
+            x = stage(x)
+        return self._last_tokens(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify the tokens of `forward_features`, (B, 1 + N, C) -> (B, num_classes).
@@ -374,6 +378,8 @@ class LVT(Backbone):
             Class scores. With `mixed`: `head`'s (B, num_classes), of the mixture, and `aux_head`'s a token, row by row,
             (B, N, num_classes), those in the box given back to the images that it came from.
         """
+        if mixed is not None and mixed.shape != (grid := tuple((side + 31) // 32 for side in x.shape[-2:])):
+            raise InputError(f"mixed must be {grid} for images of {tuple(x.shape[-2:])}, got {tuple(mixed.shape)}")
         tokens = self.forward_features(x, mixed)
         if mixed is None:
             return self.forward_head(tokens)

@@ -144,6 +144,17 @@ def refuse_unknown_classes(found: Iterable[str], known: Iterable[str], where: st
         raise InputError(f"{where} has {len(unknown)} classes that {source} lacks: {shown}")
 
 
+def refuse_other_numbers(found: list[str] | None, known: list[str] | None, where: str, source: str) -> None:
+    """Raise InputError if classes, in the order of their numbers, differ; None for not known."""
+    if not found or not known or found == known:
+        return
+    place = next((i for i, pair in enumerate(zip(found, known, strict=False)) if pair[0] != pair[1]), None)
+    differ = (
+        f"{len(found)} and {len(known)}" if place is None else f"number {place} is {found[place]}, not {known[place]}"
+    )
+    raise InputError(f"the classes of {where} are not {source}: {differ}")
+
+
 def open_for_evaluation(settings: argparse.Namespace, classes: list[str] | None) -> Dataset:
     """Open the images to evaluate on, with the model's class numbers.
 

@@ -323,6 +323,7 @@ class Training:
             loss_of_update += loss.detach()
             if not last_pass:
                 continue
+            self._stop_at_broken_labels()
             self._step(loss_of_update, buffers)
             self.done += 1
             self.update += 1
@@ -371,6 +372,15 @@ class Training:
         self.bad_updates += bad
         self.bad_in_a_row = (self.bad_in_a_row + bad) * bad
 
+    def _stop_at_broken_labels(self) -> None:
+        """Save, and raise InputError, before an update for which a process could not read a label file."""
+        if not self.settings.token_label:
+            return
+        (broken,) = self.agreement.sum(len(self.broken_labels))
+        if broken:
+            self.save()  # nothing of this update is in the state yet
+            raise InputError(self.agreement.join(self.broken_labels)[0])
+
     def _stop_if_diverged(self) -> None:
         """Warn of updates that were left out, and stop when they no longer end."""
         in_a_row, total = int(self.bad_in_a_row.item()), int(self.bad_updates.item())
@@ -396,7 +406,7 @@ class Training:
 
         Raises:
             Interrupted: after saving.
-            InputError: a label file that cannot be used, or more unreadable images than `max_unreadable` allows.
+            InputError: more unreadable images than `max_unreadable` allows.
         """
         kind, every = interval(self.settings.checkpoint_every)
         due = self.update % every == 0 if kind == "updates" else time.monotonic() - self.last_save > every
@@ -405,11 +415,7 @@ class Training:
             for path in unreadable:
                 logger.warning("cannot decode %s: another image takes its place", path)
             self.unreadable += unreadable
-        stop, due, count, broken = self.agreement.sum(
-            self.signals.received is not None, due, len(self.unreadable), len(self.broken_labels)
-        )
-        if broken:
-            raise InputError(self.agreement.join(self.broken_labels)[0])
+        stop, due, count = self.agreement.sum(self.signals.received is not None, due, len(self.unreadable))
         limit = self.settings.max_unreadable * self.updates_per_epoch * self.total_batch
         if count > limit:
             names = self.agreement.join(self.unreadable)

@@ -14,6 +14,7 @@ from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
 from litvit.errors import InputError
+from litvit.models.backbone import Backbone
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
 
@@ -40,6 +41,8 @@ def build_model(settings: argparse.Namespace, num_classes: int) -> nn.Module:
         raise InputError("features_only is no classifier: leave it out of --model-kwargs")
     try:
         model = timm.create_model(settings.model, num_classes=num_classes, in_chans=settings.in_chans, **kwargs)
+        if isinstance(model, Backbone) and settings.img_size and settings.img_size < 32:
+            raise InputError(f"images must have 32 pixels or more, not --img-size {settings.img_size}")
         if getattr(settings, "grad_checkpointing", False):
             model.set_grad_checkpointing(True)
     except TypeError as error:

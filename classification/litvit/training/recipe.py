@@ -234,7 +234,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable:
     """Flags that say how a model is built and what its images look like; returns the group's `add_argument`."""
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="NAME", help="lit_ti, lit_s, lit_m, lit_b, lvt, or any of timm's")
-    add("--img-size", type=int, metavar="N", help="pixels a side (the model's own: 224)")
+    add("--img-size", type=int, metavar="N", help="pixels a side (the model's own; ours: 224)")
     add("--in-chans", type=int, default=3, metavar="N", help="image channels (3)")
     add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="further arguments of the model")
     add("--crop-pct", type=float, metavar="X", help="validation: crop / resize (the model's own)")
@@ -414,12 +414,12 @@ def check_settings(settings: argparse.Namespace) -> None:
         raise InputError(
             f"mixup and cutmix pair the images of a batch: --batch-size must be even, not {settings.batch_size}"
         )
+    if settings.token_label_data and not settings.token_label:
+        raise InputError("--token-label-data is of no use without --token-label: leave it out, or add that")
     if settings.token_label:
         if settings.token_label_data is None:
             raise InputError(
                 "--token-label needs --token-label-data DIR (make_token_labels.py makes it), or --no-token-label"
             )
-        if mixing:
-            raise InputError("token labels have a mixing of their own: --mixup 0 --cutmix 0, or --no-token-label")
         if settings.dataset:
             raise InputError(f"token labels are files beside a folder or .tar: not with --dataset {settings.dataset}")

@@ -100,8 +100,8 @@ class Images(Dataset):
         self.seed = seed
         self.transform: Callable | None = None
         self.erasing: RandomErasing | None = None
-        # of the image at a path: its label map, and errors
-        self.read_labels: Callable[[str], tuple[torch.Tensor, list[str]]] | None = None
+        # of an image: its label map, and errors
+        self.read_labels: Callable[[int], tuple[torch.Tensor, list[str]]] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -131,7 +131,7 @@ class Images(Dataset):
                 image = self.transform(image)
             else:
                 image, box, flipped = self.transform(image)
-                label_map, broken_labels = self.read_labels(self.filenames([index])[0])
+                label_map, broken_labels = self.read_labels(index)
                 labels = Labels(label_map, torch.tensor(box), torch.tensor(flipped))
             return Sample(image, target, self._erase(image.shape), unreadable, labels, broken_labels)
 

@@ -6,9 +6,11 @@ the classes that they belong to ([1]) at every position of a grid over the whole
 
 import argparse
 import inspect
+import json
 import os
 import random
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +25,12 @@ from torchvision.transforms import functional as TF
 
 from litvit.checkpoints import read_checkpoint
 from litvit.errors import InputError
+from litvit.training.data import class_list, refuse_other_numbers
 from litvit.training.samples import Images, Labels
 
 STRIDE = 32  # pixels a token, a side
+TEACHER = "teacher.json"  # beside the labels: who made them
+AGAIN = "remove it, and make_token_labels.py makes it anew"
 
 
 class TokenLabels:
@@ -38,42 +43,48 @@ class TokenLabels:
         size: tokens a side of the model's last map.
 
     Raises:
-        InputError: no such folder, an image without a file of its own, or a first file that is no label map.
+        InputError: no such folder, one of other classes, an image without a file of its own, or a first file that is no
+            label map.
     """
 
     def __init__(self, folder: str, images: Images, num_classes: int, size: int):
-        self.folder, self.num_classes, self.size = folder, num_classes, size
-        self.root = os.path.join(images.dataset.reader.root, "")
+        self.folder, self.num_classes, self.size = Path(folder), num_classes, size
+        self.reader = images.dataset.reader
         self.shape: torch.Size | None = None
-        if not os.path.isdir(folder):
+        if not self.folder.is_dir():
             raise InputError(f"--token-label-data {folder}: no such folder; make_token_labels.py makes one")
-        paths = images.filenames()
-        files = [self._file(path) for path in paths]
-        images_of = dict(zip(files, paths, strict=True))
-        if len(images_of) < len(files):
-            path, file = next((path, file) for path, file in zip(paths, files, strict=True) if images_of[file] != path)
-            raise InputError(f"{path} and {images_of[file]} share the label file {file}: rename or remove one")
-        self._refuse_missing(files)
-        self.shape = self.read(paths[0]).shape
+        self._refuse_other_classes(class_list(images))
+        self._refuse_missing(label_files(images))
+        self.shape = self.read(0).shape
 
-    def _file(self, path: str) -> str:
-        return os.path.join(self.folder, os.path.splitext(path.removeprefix(self.root))[0] + ".pt")
+    def _refuse_other_classes(self, found: list[str] | None) -> None:
+        try:
+            known = json.loads((self.folder / TEACHER).read_text())["classes"]
+        except FileNotFoundError:  # published labels
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read {self.folder / TEACHER}: {error!r}") from None
+        refuse_other_numbers(found, known, "the training images", f"those of {self.folder}")
 
     def _refuse_missing(self, files: list[str]) -> None:
         there = set()
         for folder in {os.path.dirname(file) for file in files}:
-            if os.path.isdir(folder):
-                there.update(os.path.join(folder, name) for name in os.listdir(folder))
+            path = self.folder / folder
+            if path.is_dir():
+                there.update(os.path.join(folder, name) for name in os.listdir(path))
         missing = [file for file in files if file not in there]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"no label file {missing[0]}{more}: make_token_labels.py makes those that are missing")
+            raise InputError(
+                f"no label file {self.folder / missing[0]}{more}: make_token_labels.py makes them, but of images that "
+                "cannot be decoded; mend or remove these"
+            )
 
-    def read(self, path: str) -> Tensor:
+    def read(self, index: int) -> Tensor:
         """Read the label map of an image.
 
         Args:
-            path: of the image, as `Images.filenames` gives it.
+            index: of the image.
 
         Returns:
             (2, K, H, W), float32: scores, and the classes that they belong to.
@@ -82,20 +93,24 @@ class TokenLabels:
             InputError: the file cannot be read, holds code, or is no label map of these classes and of the first
                 file's shape.
         """
-        file = self._file(path)
+        file = self.folder / label_file(self.reader.filename(index))
         try:
             labels = read_checkpoint(file, partial(torch.load, map_location="cpu", weights_only=True))
         except InputError as error:
             reason = str(error).rsplit(": ", 1)[0]
-            raise InputError(f"token labels: {reason}; remove it, and make_token_labels.py makes it anew") from None
-        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        if not isinstance(labels, Tensor) or labels.dim() != 4 or len(labels) != 2 or not labels.numel():
-            raise InputError(f"token labels: {file} holds {shape}, not scores and classes, (2, K, H, W)")
+            raise InputError(f"token labels: {reason}; {AGAIN}") from None
+        held = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        plain = isinstance(labels, Tensor) and labels.layout == torch.strided and not labels.is_nested
+        if not plain or labels.is_complex() or labels.dim() != 4 or len(labels) != 2 or not labels.numel():
+            raise InputError(f"token labels: {file} holds {held}, not scores and classes, (2, K, H, W); {AGAIN}")
         if self.shape is not None and labels.shape != self.shape:
-            raise InputError(f"token labels: {file} is {shape}, the first file {tuple(self.shape)}: make it anew")
-        labels = labels.float()
+            first = self.folder / label_file(self.reader.filename(0))
+            raise InputError(
+                f"token labels: {file} is {held}, but {first} {tuple(self.shape)}: one of them is wrong; {AGAIN}"
+            )
+        labels = labels.detach().float()
         if not labels[0].isfinite().all():
-            raise InputError(f"token labels: {file} has scores that are no finite numbers: make it anew")
+            raise InputError(f"token labels: {file} has scores that are no finite numbers; {AGAIN}")
         classes = labels[1]
         if not ((classes >= 0) & (classes < self.num_classes) & (classes == classes.trunc())).all():
             raise InputError(
@@ -103,34 +118,63 @@ class TokenLabels:
             )
         return labels
 
-    def read_or_blank(self, path: str) -> tuple[Tensor, list[str]]:
-        """Read the label map of an image in mid-run, where processes can stop only together, at the end of an update.
+    def read_or_blank(self, index: int) -> tuple[Tensor, list[str]]:
+        """Read the label map of an image in mid-run, where processes can stop only together, between updates.
 
         Args:
-            path: of the image, as `Images.filenames` gives it.
+            index: of the image.
 
         Returns:
             What `read` returns, or zeros; the error, if there is one.
         """
         try:
-            return self.read(path), []
+            return self.read(index), []
         except InputError as error:
             return torch.zeros(self.shape), [str(error)]
+
+
+def label_file(image: str) -> str:
+    """The label file of an image, relative to the folder of them all: its own path in its split, as .pt."""
+    return os.path.normpath(os.path.splitext(image)[0] + ".pt")
+
+
+def label_files(images: Images) -> list[str]:
+    """The label file of every image.
+
+    Raises:
+        InputError: two images of one name, or a .tar that leads out of its folder.
+    """
+    reader, names = images.dataset.reader, {}
+    for index in range(len(images)):
+        name = reader.filename(index)
+        file = label_file(name)
+        if os.path.isabs(file) or file.startswith(os.path.join("..", "")):
+            raise InputError(f"the image {name} of {reader.root} lies outside of it: pack the .tar anew")
+        if file in names:
+            raise InputError(f"{names[file]} and {name} would share the labels {file}: rename or remove one")
+        names[file] = name
+    return list(names)
 
 
 def token_grid(settings: argparse.Namespace, model: nn.Module, image_size: int) -> int:
     """How many tokens a side the model gives labels for.
 
     Args:
-        settings: `model`, `token_label_size`.
+        settings: `model`, `token_label_size`, `mixup`, `cutmix`.
         model: the model.
         image_size: pixels a side.
 
     Raises:
-        InputError: the model cannot be trained with token labels, or its grid has another size.
+        InputError: the model cannot be trained with token labels, nor with mixup beside, or its grid has another size.
     """
     if getattr(model, "aux_head", None) is None or "mixed" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"--token-label: {settings.model} has no scores of its tokens; lvt has (or --no-token-label)")
+        raise InputError(
+            f"--token-label: {settings.model} cannot mix and score its tokens; lvt can (or --no-token-label)"
+        )
+    if not model.global_pool:
+        raise InputError("--token-label needs a class score of the image: leave global_pool out of --model-kwargs")
+    if settings.mixup > 0 or settings.cutmix > 0:
+        raise InputError("token labels have a mixing of their own: --mixup 0 --cutmix 0, or --no-token-label")
     if image_size % STRIDE:
         raise InputError(f"--token-label needs an --img-size that is a multiple of {STRIDE}, not {image_size}")
     size = image_size // STRIDE

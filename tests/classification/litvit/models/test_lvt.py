@@ -207,10 +207,9 @@ def test_drop_path_weight_decay_and_layer_decay():
     assert scales == sorted(set(scales))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic):
+def test_compiles_without_graph_breaks():
     model = tiny()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = images(64, 96)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     mixed = torch.zeros(2, 3, dtype=torch.bool)
@@ -241,6 +240,12 @@ def test_autocast_and_low_precision(dtype):
         (lambda: tiny(num_heads=(3, 2, 2, 4)), r"num_heads \(3, 2, 2, 4\) and class_heads 4 must divide dims"),
         (lambda: tiny(recursion_depth=0), "recursion_depth and atrous_rates must be 1 or more, got 0"),
         (lambda: tiny()(images(31, 64)), "32 pixels or more"),
+        (lambda: tiny(depths=(1, 1)), "depths must fit the 4 stages"),
+        (lambda: tiny(reductions=(4, 2)), "reductions must fit the 4 stages"),
+        (
+            lambda: tiny()(images(64, 96), torch.zeros(2, 2, dtype=torch.bool)),
+            r"mixed must be \(2, 3\) for images of \(64, 96\), got \(2, 2\)",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(act, message):

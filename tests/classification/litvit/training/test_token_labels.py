@@ -1,5 +1,6 @@
 """Token labels: maps that follow crop and flip, the loss, exact resume, and what wrong input says."""
 
+import json
 import math
 import os
 import re
@@ -60,7 +61,7 @@ def flags(digits, digit_labels, tmp_path):
 
 
 def batches_of(data, labels, size, *flags, epoch=0):
-    settings = parse_settings([str(data), "--model", "lvt", "--no-token-label", *map(str, flags)])
+    settings = parse_settings([str(data), "--model", "resnet18", *map(str, flags)])  # which has no recipe
     images, _, num_classes = open_train_and_val(settings)
     config = {"input_size": (3, 32 * size, 32 * size), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     token_labels = TokenLabels(str(labels), images, num_classes, size) if labels else None
@@ -269,12 +270,13 @@ def test_a_label_file_that_breaks_in_mid_run_ends_it_in_one_line(flags, labels_c
     broken = label_file(labels_copy, digits / "train" / "7" / "00000.png")
     content = broken.read_bytes()
     broken.write_bytes(content[:100])
-    flags = [*flags, "--token-label-data", labels_copy, "--resume", "auto", "--checkpoint-every", 1, "-j", 1]
+    flags = [*flags, "--token-label-data", labels_copy, "--resume", "auto", "-j", 1]
     for _ in range(2):
         outcome = run_main(train, *flags)
         assert outcome.status == 2
         assert outcome.err.count("\n") == 1
         assert str(broken) in outcome.err
+        assert (tmp_path / "run" / CHECKPOINT).exists()  # what was done before the broken file's update
     broken.write_bytes(content)
     assert run_main(train, *flags).status == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
@@ -338,7 +340,30 @@ def test_another_shape_later_names_the_file(flags, labels_copy, digits, run_main
     torch.save(torch.zeros(2, 4, 5, 3), file)
     outcome = run_main(train, *flags, "--token-label-data", labels_copy, "--aug-repeats", 0)
     assert outcome.status == 2
-    assert f"{file} is (2, 4, 5, 3), the first file (2, 4, 3, 5)" in outcome.err
+    assert f"{file} is (2, 4, 5, 3), but " in outcome.err
+
+
+def test_labels_of_other_classes_are_refused(flags, labels_copy, run_main):
+    teacher = labels_copy / "teacher.json"
+    flags = [*flags, "--token-label-data", labels_copy, "--dry-run"]
+    for classes, says in (
+        (list("0123456789"), None),
+        (list("0123465789"), "number 5 is 5, not 6"),
+        ([*"012"], "10 and 3"),
+    ):
+        teacher.write_text(json.dumps({"classes": classes}))
+        outcome = run_main(train, *flags)
+        assert outcome.status == (2 if says else 0)
+        assert (says or "") in outcome.err
+    teacher.write_text("{")
+    assert "teacher.json" in run_main(train, *flags).err
+
+
+def test_labels_with_a_gradient_reach_the_trainer(flags, labels_copy, run_main):
+    file = labels_copy / "3" / "00000.pt"
+    torch.save(nn.Parameter(torch.load(file, weights_only=True).float()), file)
+    flags = [*flags, "--token-label-data", labels_copy, "--epochs", 1, "--aug-repeats", 0, "-j", 1]
+    assert run_main(train, *flags).status == 0
 
 
 def test_images_that_share_a_label_file_are_refused(flags, digits_copy, run_main):
@@ -347,7 +372,7 @@ def test_images_that_share_a_label_file_are_refused(flags, digits_copy, run_main
     outcome = run_main(train, digits_copy, *flags[1:], "--dry-run")
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1
-    assert re.search(r"4/00001.jpg and .*4/00001.png share the label file .*4/00001.pt", outcome.err)
+    assert re.search(r"4/00001.jpg and .*4/00001.png would share the labels 4/00001.pt", outcome.err)
 
 
 @pytest.mark.parametrize(
@@ -357,8 +382,8 @@ def test_images_that_share_a_label_file_are_refused(flags, digits_copy, run_main
         (["--mixup", 0.8], "--mixup 0 --cutmix 0, or --no-token-label"),
         (["--cutmix", 1], "--mixup 0 --cutmix 0, or --no-token-label"),
         (["--dataset", "wds/x"], "not with --dataset wds/x"),
-        (["--model", "resnet18", "--model-kwargs"], "resnet18 has no scores of its tokens"),
-        (["--model", "volo_d1_224", "--model-kwargs"], "volo_d1_224 has no scores of its tokens"),
+        (["--model", "resnet18", "--model-kwargs"], "resnet18 cannot mix and score its tokens"),
+        (["--model", "volo_d1_224", "--model-kwargs"], "volo_d1_224 cannot mix and score its tokens"),
         (["--token-label-size", 7], "--token-label-size 7: lvt has 3 x 3 tokens at 96 x 96 pixels"),
         (["--img-size", 100], "a multiple of 32, not 100"),
         (["--dense-weight", -1], "--dense-weight must be at least 0"),
