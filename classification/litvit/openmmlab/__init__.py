@@ -22,6 +22,7 @@ try:
 except ImportError as error:
     raise InputError(f"mmengine is needed ({error}): run ./setup_env.sh") from error
 
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dist import barrier, get_local_rank
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
@@ -34,6 +35,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import litvit  # noqa: F401 (registers the models with timm)
 from litvit.checkpoints import mismatch, read_checkpoint, read_state_dict
+
+# What `mmseg::` in a config stands for: mmengine asks for a package mmsegmentation, and OneDL's has another name.
+MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
 def _statistic(cls: type, name: str) -> Callable:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from mmengine import runner as mmengine_runner
 from mmengine.config import Config
 from mmengine.dist import is_distributed
+from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import CheckpointLoader
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,6 +19,10 @@ from litvit.checkpoints import recognise
 from litvit.errors import InputError
 
 _CLASSES = "set the datasets' metainfo=dict(classes=...) and the heads' num_classes to those of the annotations"
+
+
+class SampleError(InputError):
+    """Wrong input in a picture or its annotation, which the one process that reads it finds."""
 
 
 def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
@@ -36,22 +42,31 @@ def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
     checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu")
     entries = checkpoint.get("state_dict", checkpoint)
     entries = {name.removeprefix("module."): value for name, value in entries.items()}
-    while hasattr(model, "module"):  # DistributedDataParallel, test-time augmentation
-        model = model.module
+    model = _bare(model)
     try:
-        names = model.load_state_dict(entries, strict=False).missing_keys
+        problems = [(name, "is missing") for name in model.load_state_dict(entries, strict=False).missing_keys]
     except RuntimeError as error:
-        names = re.findall(r"size mismatch for ([\w.]+)", str(error))
-    names = [name for name in names if name.startswith(prefix) and not name.endswith("num_batches_tracked")]
-    if names:
+        sizes = re.findall(r"size mismatch for ([\w.]+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", str(error))
+        problems = [(name, f"has size ({held}), not ({wanted})") for name, held, wanted in sizes]
+    problems = [
+        f"{name} {problem}"
+        for name, problem in problems
+        if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+    ]
+    if problems:
         start = "backbone."
         backbone = {name.removeprefix(start): value for name, value in entries.items() if name.startswith(start)}
         held = f"its backbone is {arch}" if (arch := recognise(backbone)) else "it is of another model"
         raise InputError(
-            f"{filename} does not fit the config: {held}, and {names[0]} (of {len(names)} entries) is missing or of "
-            "another size"
+            f"{filename} does not fit the config: {held}, and {problems[0]} (the first of {len(problems)} entries)"
         )
     return checkpoint
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    while hasattr(model, "module"):  # DistributedDataParallel, test-time augmentation
+        model = model.module
+    return model
 
 
 class _Runner(mmengine_runner.Runner):
@@ -80,20 +95,26 @@ class _Runner(mmengine_runner.Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         if self.distributed and not torch.cuda.is_available():
+            model = revert_sync_batchnorm(model)  # which has no CPU version; mmengine does so for one process
             unused = self.cfg.get("find_unused_parameters", False)
             plain = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "find_unused_parameters": unused}
             model_wrapper_cfg = {**(model_wrapper_cfg or plain), "device_ids": None}
         return super().wrap_model(model_wrapper_cfg, model)
 
-    @staticmethod
-    def build_dataloader(dataloader: Any, *args, **kwargs) -> DataLoader:
+    def build_dataloader(self, dataloader: Any, *args, **kwargs) -> DataLoader:
         try:
             built = mmengine_runner.Runner.build_dataloader(dataloader, *args, **kwargs)
         except ValueError as error:
             if "need at least one array" not in str(error):  # what mmengine makes of an empty data set
                 raise
-            raise InputError(f"no picture has an object of the config's classes: {_CLASSES}") from error
-        _check_classes(built.dataset)
+            raise InputError(
+                "no picture has an object of the config's classes (mmdet), or a name that ends in img_suffix (mmseg): "
+                + _CLASSES
+            ) from error
+        for dataset in _parts(built.dataset):
+            _check_classes(dataset)
+            if hasattr(dataset, "reduce_zero_label"):
+                _check_annotations(dataset, _bare(self.model).num_classes)
         return built
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
@@ -143,10 +164,17 @@ def _check_data(dataset: dict) -> None:
             )
 
 
+def _parts(dataset: Any) -> Iterator[Any]:
+    """Yield the data sets that repeating, joining and mixing ones are made of."""
+    inner = [dataset.dataset] if hasattr(dataset, "dataset") else getattr(dataset, "datasets", [])
+    for part in inner:
+        yield from _parts(part)
+    if not inner:
+        yield dataset
+
+
 def _check_classes(dataset: Any) -> None:
     """Raise an InputError if COCO annotations lack classes of the config."""
-    while hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
     classes = (getattr(dataset, "metainfo", None) or {}).get("classes", ())
     found = len(getattr(dataset, "cat_ids", classes))
     if found < len(classes):
@@ -154,3 +182,41 @@ def _check_classes(dataset: Any) -> None:
             f"{dataset.ann_file} has {found} of the config's {len(classes)} classes "
             f"({', '.join(map(str, classes[:3]))} ...): {_CLASSES}"
         )
+
+
+def _check_annotations(dataset: Any, num_classes: int) -> None:
+    """Raise an InputError if mmseg's annotations are not there or not for the model; have their labels looked at."""
+    classes = len(dataset.metainfo.get("classes") or ())
+    if classes != num_classes:
+        raise InputError(f"the head has {num_classes} classes, the data set {classes}: {_CLASSES}")
+    for i in range(len(dataset)):
+        sample = dataset.get_data_info(i)
+        file = sample.get("seg_map_path", "")
+        if file and "://" not in file and not Path(file).is_file():
+            raise InputError(f"{sample['img_path']} has no annotation at {file}: put it there, or remove the picture")
+    dataset.pipeline.transforms.append(_LabelCheck(classes, dataset.ignore_index, dataset.reduce_zero_label))
+
+
+class _LabelCheck:
+    """Last step of mmseg's pipelines: labels beyond the classes are wrong input.
+
+    Training would end in an assertion on the GPU, and the evaluation would leave them out.
+    """
+
+    def __init__(self, classes: int, ignored: int, zero_label: bool) -> None:
+        self.classes = classes
+        self.ignored = ignored
+        self.zero_label = zero_label  # whether the file's label 0 is no class, and the first class 1
+
+    def __call__(self, results: dict) -> dict:
+        samples = results.get("data_samples", [])
+        for sample in samples if isinstance(samples, list) else [samples]:  # several in test-time augmentation
+            labels = sample.gt_sem_seg.data if "gt_sem_seg" in sample else torch.empty(0)
+            strange = labels[(labels >= self.classes) & (labels != self.ignored)]
+            if strange.numel():
+                first, last = self.zero_label, self.zero_label + self.classes - 1
+                raise SampleError(
+                    f"{sample.seg_map_path} has label {strange[0] + first}, but the classes are {first} to {last}: "
+                    f"{_CLASSES}, and reduce_zero_label=True if label 0 is no class"
+                )
+        return results

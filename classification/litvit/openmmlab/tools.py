@@ -1,11 +1,17 @@
 """The command lines of mmdet and mmseg, run from their installed packages, with wrong input told in one line."""
 
+import argparse
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
 
 from litvit import cli
 from litvit.errors import InputError
@@ -16,7 +22,11 @@ _OLD_FLAGS = {
     "--resume-from": "say --resume CHECKPOINT",
     "--auto-resume": "say --resume",
     "--options": "say --cfg-options",
-    "--format-only": "say --cfg-options test_evaluator.format_only=True test_evaluator.outfile_prefix=PREFIX",
+    "--format-only": "say --cfg-options test_evaluator.format_only=True, with test_evaluator.outfile_prefix=PREFIX "
+    "(mmdet) or --out DIR (mmseg)",
+    "--aug-test": "say --tta",
+    "--load-from": "say --cfg-options load_from=CHECKPOINT",
+    "--seed": "say --cfg-options randomness.seed=0",
     "--gpu-id": "say CUDA_VISIBLE_DEVICES=0 before the command",
     "--gpus": "say bash tools/dist_train.sh CONFIG GPUS",
 }
@@ -33,19 +43,21 @@ def run_tool(package: str, name: str) -> int | None:
         An exit status, None for success.
 
     Raises:
-        InputError: wrong input, in the first process of the machine; the others return its status.
+        InputError: wrong input, in the first process of the machine, or in that which reads the wrong sample; the others
+            return its status.
     """
+    from litvit.openmmlab import runner  # slow to import, and check_command's callers may not need it
+
     try:
         check_command(sys.argv[1:])
         tools = import_package(package) / ".mim" / "tools"
         spec = importlib.util.spec_from_file_location(f"{package}_{name}", tools / f"{name}.py")
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
-        runners = importlib.import_module("litvit.openmmlab.runner")
-        script.Runner = {"train": runners.TrainingRunner, "test": runners.TestRunner}[name]
+        script.Runner = {"train": runner.TrainingRunner, "test": runner.TestRunner}[name]
         script.main()
-    except InputError:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, runner.SampleError):
             raise
         return cli.EXIT_INPUT_ERROR  # the first process of the machine says what is wrong
     return None
@@ -73,3 +85,55 @@ def import_package(package: str) -> Path:
         return Path(importlib.import_module(package).__file__).parent
     except (ImportError, AssertionError) as error:
         raise InputError(f"{package} and mmcv with its operators are needed ({error}): run ./setup_env.sh") from error
+
+
+def prediction_parser(description: str) -> cli.ArgumentParser:
+    """Return the flags that predict.py has in both task folders."""
+    parser = cli.ArgumentParser(description=description)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the drawings")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Module, Path, np.ndarray, Any]]:
+    """Predict the images of a command line.
+
+    Args:
+        package: "mmdet" or "mmseg".
+        args: what `prediction_parser` has read.
+
+    Yields:
+        For each image: the model, with `dataset_meta`; the file for the drawing, in a folder that is there; the pixels
+        (H, W, 3), uint8 RGB; the result, of mmdet's or mmseg's type.
+
+    Raises:
+        InputError: wrong input.
+    """
+    check_command([args.config])
+    for image in args.images:
+        if not image.is_file():
+            raise InputError(f"no picture at {image}")
+    import_package(package)
+    import mmcv
+    from mmengine.registry import DATASETS
+
+    from litvit.openmmlab.runner import check_fit
+
+    apis = importlib.import_module(f"{package}.apis")
+    init, predict = {"mmdet": ("init_detector", "inference_detector"), "mmseg": ("init_model", "inference_model")}[
+        package
+    ]
+    model = getattr(apis, init)(args.config, device="cpu")
+    meta = check_fit(model, args.checkpoint).get("meta", {})
+    dataset = DATASETS.build({**model.cfg.test_dataloader.dataset, "lazy_init": True})
+    model.dataset_meta = dataset.metainfo | meta.get("dataset_meta", {})
+    model.to(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for image in args.images:
+        pixels = mmcv.imread(str(image), channel_order="rgb")
+        if pixels is None:
+            raise InputError(f"{image} is no picture that can be read")
+        yield model, args.out / image.name, pixels, getattr(apis, predict)(model, pixels[..., ::-1])
