@@ -1,6 +1,6 @@
 # Mask R-CNN with a small LIT-Ti on the demo scenes (`python -m litvit.demo_data data/coco-demo --task detection`).
 # Run:  make demo-detection, or in detection/: python tools/train.py configs/lit/mask_rcnn_lit_ti_fpn_demo.py
-# Cost: not measured.
+# Cost: about 5 minutes on 2 cores of an AMD EPYC, float32, after that of `make demo`.
 _base_ = "mask_rcnn_lit_ti_fpn_1x_coco.py"
 
 data_root = "../data/coco-demo/"
@@ -55,7 +55,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
-epochs = 8
+epochs = 4
 train_cfg = dict(max_epochs=epochs, val_interval=epochs)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
