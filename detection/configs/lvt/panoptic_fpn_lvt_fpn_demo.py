@@ -1,7 +1,8 @@
-# Panoptic FPN with LVT on the demo's panoptic scenes (`python -m litvit.demo_data data/coco-demo --task detection`):
+# Panoptic FPN with a small LVT on the demo's panoptic scenes (`python -m litvit.demo_data data/coco-demo --task detection`):
 # digits are things, backgrounds are stuff.
-# Run:  in detection/: python tools/train.py configs/lvt/panoptic_fpn_lvt_fpn_demo.py
-# Cost: not measured.
+# Run:    make demo-lvt, then in detection/: python tools/train.py configs/lvt/panoptic_fpn_lvt_fpn_demo.py
+# Cost:   14 minutes on 2 cores of an AMD EPYC that were shared, float32.
+# Number: PQ 45.4, of things 59.1, of stuff 11.0 on 200 held-out scenes (measured; after each epoch 4.0, 21.6, 40.2, 45.4).
 _base_ = "_panoptic_fpn_lvt.py"
 
 data_root = "../data/coco-demo/"
@@ -11,7 +12,14 @@ metainfo = dict(classes=(*things, *stuff), thing_classes=things, stuff_classes=s
 scale = (192, 144)
 
 model = dict(
-    backbone=dict(init_cfg=None),
+    backbone=dict(
+        dims=(32, 32, 96, 160),
+        num_heads=(1, 1, 3, 5),
+        mlp_ratios=(4, 4, 4, 4),
+        class_heads=5,
+        init_cfg=dict(checkpoint="../output/demo_lvt/model_best.safetensors"),
+    ),
+    neck=dict(in_channels=[32, 32, 96, 160]),
     roi_head=dict(bbox_head=dict(num_classes=10), mask_head=dict(num_convs=2, num_classes=10)),
     semantic_head=dict(num_things_classes=10, num_stuff_classes=4),
     panoptic_fusion_head=dict(num_things_classes=10, num_stuff_classes=4),
@@ -45,8 +53,8 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-epochs = 8
-train_cfg = dict(max_epochs=epochs, val_interval=2)
+epochs = 4
+train_cfg = dict(max_epochs=epochs, val_interval=1)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", T_max=epochs, eta_min_ratio=0.01, begin=0, end=epochs, convert_to_iter_based=True),
