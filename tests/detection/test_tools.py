@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from litvit.demo_data import SceneSettings, build
@@ -79,6 +80,16 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     assert (folder / "epoch_2.pth").exists()
 
 
+def test_no_checkpoint_runs_code_when_it_is_resumed(config, trained, tmp_path):
+    checkpoint = torch.load(trained / "epoch_1.pth", weights_only=False)
+    checkpoint["meta"]["config"] = f"open({str(tmp_path / 'run-by-the-checkpoint')!r}, 'w')"
+    torch.save(checkpoint, tmp_path / "bad.pth")
+    flags = ["--work-dir", tmp_path / "run", "--resume", tmp_path / "bad.pth"]
+    done = run("train.py", config, *flags, "--cfg-options", "train_cfg.max_epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run-by-the-checkpoint").exists()
+
+
 def test_evaluation_of_a_trained_detector(config, trained, tmp_path):
     done = run("dist_test.sh", config, trained / "epoch_1.pth", 2, "--work-dir", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -132,14 +143,40 @@ def test_pictures_are_drawn(config, trained, tmp_path):
             ["{config}", "--cfg-options", "load_from={checkpoint}", "model.backbone.depths=(1,1,2,1)"],
             "and backbone.stages.2.blocks.1.norm1.weight",
         ),
+        (
+            "train",
+            [
+                *("{config}", "--cfg-options", "load_from={checkpoint}", "model.backbone.depths=(1,1,2,1)"),
+                "model.rpn_head.feat_channels=32",
+            ],
+            "and backbone.stages.2.blocks.1.norm1.weight",
+        ),
+        (
+            "train",
+            ["{config}", "--resume", "{checkpoint}", "--cfg-options", "model.rpn_head.feat_channels=32"],
+            "its backbone does, its heads do not",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "model.roi_head.bbox_head.num_classes=3"],
+            "roi_head.bbox_head has 3 classes, the data set 10",
+        ),
+        ("train", ["{config}", "--cfg-options", "model.neck.type=FPM"], "the config does not fit: "),
+        ("train", ["{config}", "--cfg-options", "model.bakbone=1"], "the config does not fit: "),
+        ("test", ["{config}", "{list}"], "is no checkpoint of a model"),
+        ("train", ["{syntax}"], "the config cannot be read: "),
     ],
 )
 def test_wrong_input_is_one_line(tool, arguments, message, config, trained, tmp_path, monkeypatch):
     names = {
         "config": config,
         "checkpoint": trained / "epoch_1.pth",
+        "list": tmp_path / "list.pth",
+        "syntax": tmp_path / "syntax.py",
         "retinanet": DETECTION / "configs/lit/retinanet_lit_ti_fpn_1x_coco.py",
     }
+    torch.save([torch.zeros(1)], names["list"])
+    names["syntax"].write_text("model = dict(")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *(argument.format(**names) for argument in arguments)])
     with pytest.raises(InputError, match=re.escape(message)) as caught:

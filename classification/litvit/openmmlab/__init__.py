@@ -5,6 +5,7 @@ Importing this module registers `LIT` and `LVT` in mmengine's root registry, whe
 for checkpoint files and links.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -45,6 +46,8 @@ def _statistic(cls: type, name: str) -> Callable:
         return getattr(cls, name)
     raise UnpicklingError(f"global {name} of {cls}")
 
+
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for those of mmengine's readers that are not ours
 
 # mmengine's checkpoints hold the history of the logged values, and that pickles its methods by getattr: getattr itself
 # would hand out anything, this one gives those methods alone.
@@ -93,13 +96,16 @@ def fetch(source: str) -> Path:
     if not source.startswith(("http://", "https://")):
         return Path(source).expanduser()
     file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(source).path).name)
-    if get_local_rank() == 0 and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        if get_local_rank() == 0 and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source, str(file), progress=False)
-        except (OSError, URLError) as error:
-            raise InputError(f"cannot fetch {source}: {error}") from error
-    barrier()
+    except (OSError, URLError) as error:
+        raise InputError(f"cannot fetch {source}: {error}") from error
+    finally:
+        barrier()
+    if not file.exists():
+        raise InputError(f"cannot fetch {source}")
     return file
 
 

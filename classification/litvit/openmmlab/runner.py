@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,19 @@ def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
         InputError: a checkpoint that cannot be read, or of another model.
     """
     checkpoint = CheckpointLoader.load_checkpoint(filename, map_location="cpu")
-    entries = checkpoint.get("state_dict", checkpoint)
+    entries = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+        raise InputError(f"{filename} is no checkpoint of a model: name one of train.py's, or a published one")
     entries = {name.removeprefix("module."): value for name, value in entries.items()}
     model = _bare(model)
+    problems = []
     try:
-        problems = [(name, "is missing") for name in model.load_state_dict(entries, strict=False).missing_keys]
-    except RuntimeError as error:
+        model.load_state_dict(entries)
+    except RuntimeError as error:  # all that fits is loaded; unexpected entries are no problem
+        missing = re.search(r"Missing key\(s\) in state_dict: (.*)", str(error))
+        problems += [(name, "is missing") for name in re.findall(r'"([^"]+)"', missing[1] if missing else "")]
         sizes = re.findall(r"size mismatch for ([\w.]+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", str(error))
-        problems = [(name, f"has size ({held}), not ({wanted})") for name, held, wanted in sizes]
+        problems += [(name, f"has size ({held}), not ({wanted})") for name, held, wanted in sizes]
     problems = [
         f"{name} {problem}"
         for name, problem in problems
@@ -57,10 +63,16 @@ def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
         start = "backbone."
         backbone = {name.removeprefix(start): value for name, value in entries.items() if name.startswith(start)}
         held = f"its backbone is {arch}" if (arch := recognise(backbone)) else "it is of another model"
+        if not any(problem.startswith(start) for problem in problems):
+            held = "its backbone does, its heads do not (other classes?)"
         raise InputError(
             f"{filename} does not fit the config: {held}, and {problems[0]} (the first of {len(problems)} entries)"
         )
     return checkpoint
+
+
+def _last_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" if str(error).strip() else repr(error)
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -104,6 +116,8 @@ class _Runner(mmengine_runner.Runner):
     def build_dataloader(self, dataloader: Any, *args, **kwargs) -> DataLoader:
         try:
             built = mmengine_runner.Runner.build_dataloader(dataloader, *args, **kwargs)
+        except JSONDecodeError as error:
+            raise InputError(f"an annotation file is not JSON, or cut off: {error}") from error
         except ValueError as error:
             if "need at least one array" not in str(error):  # what mmengine makes of an empty data set
                 raise
@@ -111,15 +125,22 @@ class _Runner(mmengine_runner.Runner):
                 "no picture has an object of the config's classes (mmdet), or a name that ends in img_suffix (mmseg): "
                 + _CLASSES
             ) from error
+        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+            file = dataloader.get("dataset", {}).get("ann_file", "") if isinstance(dataloader, dict) else ""
+            raise InputError(f"cannot read the data set {file}: {_last_line(error)}") from error
         for dataset in _parts(built.dataset):
-            _check_classes(dataset)
+            _check_classes(dataset, _bare(self.model))
             if hasattr(dataset, "reduce_zero_label"):
                 _check_annotations(dataset, _bare(self.model).num_classes)
         return built
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        check_fit(self.model, filename, self.needed)
-        return super().load_checkpoint(filename, *args, **kwargs)
+        check_fit(self.model, filename, "" if self._resume else self.needed)
+        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        checkpoint.get("meta", {}).pop(
+            "config", None
+        )  # Python text, which mmengine would run to learn a number of GPUs
+        return checkpoint
 
 
 class TrainingRunner(_Runner):
@@ -132,7 +153,9 @@ class TrainingRunner(_Runner):
     def from_cfg(cls, cfg: Config) -> "_Runner":
         init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
         weights = init_cfg.get("checkpoint", "") if isinstance(init_cfg, dict) else ""
-        if weights and "://" not in weights and not Path(weights).expanduser().is_file():
+        if weights and cfg.get("load_from") and not cfg.get("resume"):
+            cfg.model.backbone.init_cfg = None  # a whole detector's weights come instead
+        elif weights and "://" not in weights and not Path(weights).expanduser().is_file():
             raise InputError(
                 f"no ImageNet weights at {weights}: put them there, name others by --cfg-options "
                 "model.backbone.init_cfg.checkpoint=FILE, or start from scratch by --cfg-options "
@@ -173,8 +196,8 @@ def _parts(dataset: Any) -> Iterator[Any]:
         yield dataset
 
 
-def _check_classes(dataset: Any) -> None:
-    """Raise an InputError if COCO annotations lack classes of the config."""
+def _check_classes(dataset: Any, model: nn.Module) -> None:
+    """Raise an InputError if COCO annotations lack classes of the config, or a detector's heads have other ones."""
     classes = (getattr(dataset, "metainfo", None) or {}).get("classes", ())
     found = len(getattr(dataset, "cat_ids", classes))
     if found < len(classes):
@@ -182,6 +205,13 @@ def _check_classes(dataset: Any) -> None:
             f"{dataset.ann_file} has {found} of the config's {len(classes)} classes "
             f"({', '.join(map(str, classes[:3]))} ...): {_CLASSES}"
         )
+    if not hasattr(dataset, "cat_ids"):
+        return
+    things = len(dataset.metainfo.get("thing_classes", classes))
+    for name, head in model.named_modules():
+        wanted = getattr(head, "num_classes", things)
+        if name.endswith(("bbox_head", "mask_head")) and wanted != things:
+            raise InputError(f"{name} has {wanted} classes, the data set {things}: {_CLASSES}")
 
 
 def _check_annotations(dataset: Any, num_classes: int) -> None:
@@ -214,7 +244,7 @@ class _LabelCheck:
             labels = sample.gt_sem_seg.data if "gt_sem_seg" in sample else torch.empty(0)
             strange = labels[(labels >= self.classes) & (labels != self.ignored)]
             if strange.numel():
-                first, last = self.zero_label, self.zero_label + self.classes - 1
+                first, last = int(self.zero_label), self.zero_label + self.classes - 1
                 raise SampleError(
                     f"{sample.seg_map_path} has label {strange[0] + first}, but the classes are {first} to {last}: "
                     f"{_CLASSES}, and reduce_zero_label=True if label 0 is no class"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config.utils import ConfigParsingError
 from torch import nn
 
 from litvit import cli
@@ -43,7 +44,7 @@ def run_tool(package: str, name: str) -> int | None:
         An exit status, None for success.
 
     Raises:
-        InputError: wrong input, in the first process of the machine, or in that which reads the wrong sample; the others
+        InputError: wrong input, in the machine's first process, or in that which reads the wrong sample; the others
             return its status.
     """
     from litvit.openmmlab import runner  # slow to import, and check_command's callers may not need it
@@ -56,6 +57,20 @@ def run_tool(package: str, name: str) -> int | None:
         spec.loader.exec_module(script)
         script.Runner = {"train": runner.TrainingRunner, "test": runner.TestRunner}[name]
         script.main()
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
+    except FileNotFoundError as error:  # also of a loader process, with its traceback as message
+        raise runner.SampleError(str(error)) from error
+    except (SyntaxError, ConfigParsingError) as error:
+        raise InputError(f"the config cannot be read: {' '.join(str(error).split())}") from error
+    except (KeyError, TypeError, AssertionError) as error:
+        message = " ".join(str(error).split())
+        if not any(part in message for part in ("registry", "class `", "__init__()")):  # what cannot be built
+            raise
+        raise InputError(f"the config does not fit: {message}") from error
     except InputError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, runner.SampleError):
             raise
@@ -79,7 +94,6 @@ def import_package(package: str) -> Path:
     Raises:
         InputError: it is not installed, or mmcv lacks its compiled operators.
     """
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for those of mmengine's readers that are not ours
     try:
         importlib.import_module("mmcv.ops")
         return Path(importlib.import_module(package).__file__).parent

@@ -1,8 +1,8 @@
-# Panoptic FPN with a small LVT on the demo's panoptic scenes (`python -m litvit.demo_data data/coco-demo --task detection`):
-# digits are things, backgrounds are stuff.
-# Run:    make demo-lvt, then in detection/: python tools/train.py configs/lvt/panoptic_fpn_lvt_fpn_demo.py
+# Panoptic FPN with a small LVT on the demo's panoptic scenes: digits are things, backgrounds are stuff.
+# Run:    make demo-lvt, then in detection/: python -m litvit.demo_data ../data/coco-demo --task detection
+#         python tools/train.py configs/lvt/panoptic_fpn_lvt_fpn_demo.py
 # Cost:   14 minutes on 2 cores of an AMD EPYC that were shared, float32.
-# Number: PQ 45.4, of things 59.1, of stuff 11.0 on 200 held-out scenes (measured; after each epoch 4.0, 21.6, 40.2, 45.4).
+# Number: PQ 45.4, of things 59.1, of stuff 11.0 on 200 held-out scenes (measured; each epoch 4.0, 21.6, 40.2, 45.4).
 _base_ = "_panoptic_fpn_lvt.py"
 
 data_root = "../data/coco-demo/"
