@@ -1,0 +1,1 @@
+../../detection/tools/dist_test.sh

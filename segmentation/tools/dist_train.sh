@@ -1,0 +1,1 @@
+../../detection/tools/dist_train.sh
