@@ -1,6 +1,6 @@
 # Semantic FPN with a small LIT-Ti on the demo scenes (`python -m litvit.demo_data data/ade-demo --task segmentation`).
-# Run:  make demo-segmentation, or in segmentation/: python tools/train.py configs/lit/lit_ti_fpn_demo.py
-# Cost: not measured.
+# Run:    after make demo, in segmentation/: python tools/train.py configs/lit/lit_ti_fpn_demo.py
+# Number: it does not learn these scenes yet: mIoU 3.4 after 700 iterations (measured).
 _base_ = ["mmseg::_base_/models/fpn_r50.py", "../_demo.py"]
 custom_imports = dict(imports=["litvit.openmmlab"])
 
