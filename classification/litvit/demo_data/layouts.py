@@ -4,6 +4,7 @@ import colorsys
 import functools
 import json
 import os
+from abc import ABC, abstractmethod
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ class SceneSettings:
         return draw_scene(rng, digits, self.picture_size, DIGIT_SCALE)
 
 
-class Layout:
+class Layout(ABC):
     """Where the pictures of a set lie and what lies beside them."""
 
     settings_type: type = SceneSettings
@@ -90,19 +91,19 @@ class Layout:
     def __init__(self, settings: Settings | SceneSettings):
         self.settings = settings
 
+    @abstractmethod
     def files(self, split: str, number: int) -> list[str]:
         """Return the names of a picture and of what belongs to it alone."""
-        raise NotImplementedError
 
     def indices(self, split: str) -> list[str]:
         """Return the names of files that describe all pictures of a split."""
         return []
 
+    @abstractmethod
     def write(self, root: Path, split: str, number: int) -> object:
         """Write a picture's files; return what the split's indices say of it."""
-        raise NotImplementedError
 
-    def write_indices(self, root: Path, split: str, records: list) -> None:
+    def write_indices(self, root: Path, split: str, records: list) -> None:  # noqa: B027 - most layouts have none
         """Write the split's indices from what `write` returned."""
 
     def all_files(self) -> set[str]:

@@ -3,6 +3,8 @@
 Shape letters: B images, (H, W) image size, (h, w) map size, C channels, N = h*w tokens. Tokens stay channels-last.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
@@ -15,7 +17,7 @@ from litvit.checkpoints import adapt_state_dict, to_own_names
 from litvit.errors import InputError
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Stages of channels-last maps at strides 4, 8, 16 and 32, as dense backbone or, with a head, as classifier.
 
     A subclass makes `stages` and `norm` (after the last stage), then its classifiers by `reset_classifier`. It says how
@@ -48,13 +50,13 @@ class Backbone(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self._register_load_state_dict_pre_hook(adapt_state_dict, with_module=True)
 
+    @abstractmethod
     def _embed(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) of any size -> what the first stage takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _last_tokens(self, x: Tensor, stage_input: Tensor) -> Tensor:
         """What the last stage gave and got -> the tokens of `forward_features`."""
-        raise NotImplementedError
 
     def _set_global_pool(self, global_pool: str) -> None:
         choices = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
