@@ -20,7 +20,7 @@ from litvit.errors import InputError
 # Flags of mmdet 2 and mmseg 0.x that the papers' commands use.
 _OLD_FLAGS = {
     "--eval": "what is measured is the config's test_evaluator, so leave --eval and its values out",
-    "--resume-from": "say --resume CHECKPOINT",
+    "--resume-from": "say --resume CHECKPOINT (mmdet), --resume --cfg-options load_from=CHECKPOINT (mmseg)",
     "--auto-resume": "say --resume",
     "--options": "say --cfg-options",
     "--format-only": "say --cfg-options test_evaluator.format_only=True, with test_evaluator.outfile_prefix=PREFIX "
