@@ -36,7 +36,7 @@ class Settings:
     image_size: int = 64
     seed: int = 0
     task: str = "classification"
-    drawing: int = 1
+    drawing: int = 2
 
     @property
     def counts(self) -> dict[str, int]:
@@ -62,7 +62,7 @@ class SceneSettings:
     val: int = 200
     image_size: int = 192
     seed: int = 0
-    drawing: int = 1
+    drawing: int = 2
 
     @property
     def counts(self) -> dict[str, int]:

@@ -125,23 +125,29 @@ def _draw_background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[n
 
 
 def _texture(rng: np.random.Generator, kind: int, size: tuple[int, int], lowest: float) -> np.ndarray:
-    """Return (H, W, 3): two colours, of luma `lowest` to `lowest` + TONE_SPAN, mixed in the pattern of `kind`."""
+    """Return (H, W, 3): two colours, of luma `lowest` to `lowest` + TONE_SPAN, mixed in the pattern of `kind`.
+
+    A pattern is as fine in a large picture as in one of 64 pixels: a part of the picture shows which it is.
+    """
     name = BACKGROUNDS[kind]
+    height, width = size[0] / 64, size[1] / 64
     if name == "gradient":
         mix = _ramp(rng, size)
     elif name == "stripes":
-        mix = 0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(2, 7) * _ramp(rng, size))
+        mix = 0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(2, 7) * min(height, width) * _ramp(rng, size))
     elif name == "noise":
-        cells = rng.random((rng.integers(4, 17), rng.integers(4, 17)), dtype=np.float32)
+        rows, columns = round(rng.integers(4, 17) * height), round(rng.integers(4, 17) * width)
+        cells = rng.random((rows, columns), dtype=np.float32)
         mix = np.asarray(Image.fromarray(cells).resize(size[::-1], Image.Resampling.BILINEAR), dtype=np.float64)
     else:
         mix = np.zeros(size)
         y, x = np.ogrid[: size[0], : size[1]]
-        for _ in range(rng.integers(4, 10)):
+        for _ in range(round(rng.integers(4, 10) * height * width)):
             centre_y, centre_x = rng.uniform(0, size[0]), rng.uniform(0, size[1])
-            radius = min(size) * rng.uniform(0.05, 0.25)
+            radius = 64 * rng.uniform(0.05, 0.25)
             mix[np.hypot(y - centre_y, x - centre_x) < radius] = rng.uniform(0.3, 1)
-    colours = [_colour(rng, lowest + TONE_SPAN * rng.random()) for _ in range(2)]
+    lumas = lowest + TONE_SPAN * rng.permutation([rng.uniform(0, 0.25), rng.uniform(0.75, 1)])
+    colours = [_colour(rng, luma) for luma in lumas]
     return colours[0] + mix[..., None] * (colours[1] - colours[0])
 
 
@@ -224,7 +230,7 @@ def _sharpen(digit: np.ndarray) -> np.ndarray:
     return 2 * digit - neighbourhood
 
 
-def save_picture(path: str | os.PathLike, size: int = 448, seed: int = 6) -> None:
+def save_picture(path: str | os.PathLike, size: int = 448, seed: int = 10) -> None:
     """Draw a scene with several digits and save it, in the format that the file's suffix names.
 
     The repository's `classification/visualization/demo.JPEG` is one; in `classification/`:

@@ -256,6 +256,18 @@ def test_digits_stand_out_from_what_they_touch():
                 assert abs(np.median(luma[thing.mask]) - np.median(luma[around])) > 0.2
 
 
+def test_textures_show_wherever_they_are():
+    for size, digits, scale in (((64, 64), 1, (0.7, 1.0)), ((192, 256), 3, (0.2, 0.4))):
+        for _, scene in scenes(40, digits, size, scale):
+            ink = np.any([binary_dilation(thing.mask, iterations=3) for thing in scene.objects], axis=0)
+            luma = scene.image @ demo_data.LUMA / 255
+            for kind in np.unique(scene.background):
+                seen = (scene.background == kind) & ~ink
+                if seen.mean() > 0.3:
+                    low, high = np.quantile(luma[seen], (0.05, 0.95))
+                    assert high - low > 0.04, demo_data.BACKGROUNDS[kind]
+
+
 def test_several_digits_lie_apart():
     for labels, scene in scenes(20, digits=5, size=(128, 192), scale=(0.3, 0.5)):
         assert [thing.label for thing in scene.objects] == labels
