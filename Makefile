@@ -4,7 +4,7 @@ export LIT_VENV
 PYTHON = "$(LIT_VENV)/bin/python"
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-lvt demo-detection test lint format bench clean
+.PHONY: help setup demo demo-lvt demo-detection demo-segmentation test lint format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -22,6 +22,9 @@ demo-lvt: ## train a small LVT with token labels of that LIT
 
 demo-detection: setup ## train a small Mask R-CNN on drawn scenes, measure it, draw what it finds
 	@./detection/demo.sh
+
+demo-segmentation: setup ## train a small Semantic FPN on drawn scenes, measure it, draw what it finds
+	@./segmentation/demo.sh
 
 # A test process a core, one torch thread each.
 test: setup ## run all tests; ARGS="tests/classification -k dtm" runs some

@@ -10,11 +10,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from litvit import cli
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run mmdet's own script, which reads the command line."""
     from litvit.openmmlab.tools import run_tool  # a missing mmengine is one line, too
 
-    return run_tool("mmdet", "train")
+    run_tool("mmdet", "train")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command lines of detection/, on a few drawn scenes."""
 
+import importlib.util
 import json
 import os
 import re
@@ -84,6 +85,8 @@ def test_no_checkpoint_runs_code_when_it_is_resumed(config, trained, tmp_path):
     checkpoint = torch.load(trained / "epoch_1.pth", weights_only=False)
     checkpoint["meta"]["config"] = f"open({str(tmp_path / 'run-by-the-checkpoint')!r}, 'w')"
     torch.save(checkpoint, tmp_path / "bad.pth")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_checkpoint").write_text("nowhere.pth")  # the one that is named comes first
     flags = ["--work-dir", tmp_path / "run", "--resume", tmp_path / "bad.pth"]
     done = run("train.py", config, *flags, "--cfg-options", "train_cfg.max_epochs=1")
     assert done.returncode == 0, done.stderr
@@ -105,8 +108,25 @@ def test_pictures_are_drawn(config, trained, tmp_path):
     drawn = Image.open(tmp_path / "new" / "folder" / image.name)
     assert drawn.size == Image.open(image).size
     assert drawn.tobytes() != Image.open(image).tobytes()
-    done = run("predict.py", tmp_path / "none.jpg", *flags)
-    assert (done.returncode, done.stderr) == (2, f"error: no picture at {tmp_path / 'none.jpg'}\n")
+
+
+def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path):
+    spec = importlib.util.spec_from_file_location("predict", DETECTION / "tools/predict.py")
+    predict = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(predict)
+    image = config.parent / "coco" / "val2017" / "000000000001.jpg"
+    (tmp_path / "wrong.py").write_text(f"_base_ = '{config}'\nmodel = dict(neck=dict(type='FPM'))")
+    flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "out"]
+    for arguments, message in [
+        ([tmp_path / "none.jpg", *flags], f"no picture at {tmp_path / 'none.jpg'}"),
+        ([image, *flags, "--device", "abacus"], "--device abacus: "),
+        ([image, *flags, "--config", tmp_path / "wrong.py"], "the config does not fit: "),
+        ([image, *flags, "--out", image.parent], f"the drawing of {image} would overwrite it"),
+    ]:
+        done = run_main(predict, *arguments)
+        assert done.status == 2
+        assert done.err.splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +135,17 @@ def test_pictures_are_drawn(config, trained, tmp_path):
         ("test", ["{config}", "{checkpoint}", "--eval", "bbox", "segm"], "--eval is of an older OpenMMLab"),
         ("train", ["{config}", "--resume-from", "x.pth"], "say --resume"),
         ("train", ["nowhere.py"], "no config at nowhere.py"),
+        ("train", ["{config}", "--cfg-options", "foo"], "--cfg-options takes key=value, not 'foo'"),
+        (
+            "train",
+            ["{config}", "--cfg-options", "train_dataloader.dataset.ann_file={list_of_nothing}"],
+            "cannot read the data set",
+        ),
+        (
+            "test",
+            ["{config}", "{checkpoint}", "--cfg-options", "test_evaluator.ann_file={list_of_nothing}"],
+            "list.json: AssertionError: annotation file format <class 'list'> not supported",
+        ),
         ("test", ["{config}", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         ("train", ["{config}", "--cfg-options", "model.backbone.arch=lit_x"], "unknown arch 'lit_x'"),
         (
@@ -172,11 +203,13 @@ def test_wrong_input_is_one_line(tool, arguments, message, config, trained, tmp_
         "config": config,
         "checkpoint": trained / "epoch_1.pth",
         "list": tmp_path / "list.pth",
+        "list_of_nothing": tmp_path / "list.json",
         "syntax": tmp_path / "syntax.py",
         "retinanet": DETECTION / "configs/lit/retinanet_lit_ti_fpn_1x_coco.py",
     }
     torch.save([torch.zeros(1)], names["list"])
     names["syntax"].write_text("model = dict(")
+    names["list_of_nothing"].write_text("[]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *(argument.format(**names) for argument in arguments)])
     with pytest.raises(InputError, match=re.escape(message)) as caught:
@@ -189,6 +222,14 @@ def test_several_processes_say_it_once(config):
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "nowhere" in line] == ["error: no checkpoint at nowhere.pth"]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [("0", 2), ("3", 0)])
+def test_one_process_of_slurm_says_it(number, status, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("SLURM_LOCALID", number)
+    done = run("train.py", "nowhere.py", "--launcher", "slurm")
+    assert (done.returncode, done.stderr) == (status, "error: no config at nowhere.py\n" if status else "")
 
 
 def test_no_process_waits_for_one_that_refused_a_checkpoint(config, trained):

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 from mmseg.registry import MODELS
+from PIL import Image
 
 import litvit.openmmlab  # noqa: F401 (mmseg:: in configs)
 from litvit.demo_data import PALETTE, SEGMENTATION_CLASSES
@@ -52,13 +54,30 @@ def test_parameters_and_published_settings(file, millions):
     assert {"RandomFlip", "PhotoMetricDistortion"} <= steps.keys()
     for loader in (config.val_dataloader, config.test_dataloader):
         steps = {step.type: step for step in loader.dataset.pipeline}
-        assert steps["Resize"] == {"type": "Resize", "scale": (2048, 512), "keep_ratio": True}
+        assert (steps["Resize"].scale, steps["Resize"].keep_ratio) == ((2048, 512), True)
         assert ("ResizeToMultiple" in steps) == (not lit)
     assert config.model.test_cfg.mode == "whole"
     head = config.model.decode_head
     assert (head.channels, head.dropout_ratio, head.num_classes) == (128 if lit else 256, 0.1, 150)
     if lit and "_ti_" not in file:
         assert (config.model.backbone.img_size, config.model.backbone.out_norms) == (512, (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("file", [LIT.format("ti"), LIT.format("b"), LVT])
+@pytest.mark.parametrize("size", [(75, 100), (1024, 768)])
+def test_sizes_of_test_time_augmentation(file, size, tmp_path):
+    """The test's, shorter side 512, times the ratios, whatever the picture's is; SegFormer's rounded up to 32."""
+    paths = {"img_path": str(tmp_path / "0.png"), "seg_map_path": str(tmp_path / "1.png")}
+    for mode, path in zip(("RGB", "L"), paths.values(), strict=True):
+        Image.new(mode, size).save(path)
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        steps = Compose(Config.fromfile(CONFIGS / file).tta_pipeline)
+    found = [view.shape[1:] for view in steps({**paths, "seg_fields": [], "reduce_zero_label": True})["inputs"]]
+    expected = []
+    for ratio in (0.5, 0.75, 1, 1.25, 1.5, 1.75):
+        sides = [int(512 * ratio * side / min(size) + 0.5) for side in reversed(size)]
+        expected += 2 * [tuple(-(-side // 32) * 32 if file == LVT else side for side in sides)]
+    assert found == expected
 
 
 def test_learning_rates_of_segformer():

@@ -7,15 +7,22 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import MODELS
 from PIL import Image
 
 from litvit.demo_data import PALETTE, SceneSettings, build
 from litvit.errors import InputError
+from litvit.openmmlab import load_from_file
+from litvit.openmmlab.runner import SampleError, check_annotations
 from litvit.openmmlab.tools import run_tool
 
 SEGMENTATION = Path(__file__).parents[2] / "segmentation"
@@ -38,6 +45,20 @@ test_dataloader = val_dataloader
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=9))
 """
+
+# Another number of classes, and a learning rate of 0: weights stay as they were loaded.
+FIFTEEN = """
+_base_ = "{config}"
+load_from = "{checkpoint}"
+classes = dict(metainfo=dict(classes=list("abcdefghijklmno"), palette=[]))
+train_dataloader = dict(dataset=classes)
+val_dataloader = dict(dataset=classes)
+test_dataloader = val_dataloader
+model = dict(decode_head=dict(num_classes=15))
+optim_wrapper = dict(optimizer=dict(lr=0))
+train_cfg = dict(max_iters=1, val_interval=2)
+"""
+PRETRAINED = "_base_.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='nowhere.pth')\n"
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +94,30 @@ def trained(config):
 
 
 def test_an_interrupted_training_resumes(config, trained, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "run")
+    """Also one that began with a trained segmentor, and needs no ImageNet weights any more."""
+    folder, file = shutil.copytree(trained, tmp_path / "run"), tmp_path / "begun.py"
     (folder / "last_checkpoint").write_text(str(folder / "iter_1.pth"))
     (folder / "iter_2.pth").unlink()
-    done = run("train.py", config, "--work-dir", folder, "--resume")
+    file.write_text(f"_base_ = '{config}'\nload_from = '{trained / 'iter_2.pth'}'\n{PRETRAINED}")
+    done = run("train.py", file, "--work-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert "resumed epoch: 0, iter: 1" in done.stdout
     assert "Iter(train) [1/2]" not in done.stdout
     assert "Iter(train) [2/2]" in done.stdout
     assert (folder / "iter_2.pth").exists()
+
+
+def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp_path):
+    """With --resume as a job says it that may be broken off: there is nothing to resume yet."""
+    (tmp_path / "fifteen.py").write_text(FIFTEEN.format(config=config, checkpoint=trained / "iter_2.pth") + PRETRAINED)
+    done = run("train.py", tmp_path / "fifteen.py", "--work-dir", tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "Iter(train) [1/1]" in done.stdout
+    start, end = (load_from_file(file)["state_dict"] for file in (trained / "iter_2.pth", tmp_path / "run/iter_1.pth"))
+    assert end["decode_head.conv_seg.weight"].shape[0] == 15
+    for name, parameter in start.items():
+        if name.endswith("weight") and "conv_seg" not in name:
+            assert torch.equal(end[name], parameter), name
 
 
 def test_evaluation_of_a_trained_segmentor(config, trained, tmp_path):
@@ -113,15 +149,22 @@ def test_wrong_input_of_predict_is_one_line(config, run_main, tmp_path):
     predict = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(predict)
     image = config.parent / "ade/images/validation/ADE_val_00000001.jpg"
+    copy = Path(shutil.copy(image, tmp_path))
+    (tmp_path / "wrong.py").write_text(f"_base_ = '{config}'\nmodel = dict(neck=dict(type='FPM'))")
     flags = ["--config", config, "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "out"]
-    assert run_main(predict, tmp_path / "none.jpg", *flags) == (
-        2,
-        "",
-        f"error: no picture at {tmp_path / 'none.jpg'}\n",
-    )
-    assert "--opacity is 2.0, but must be" in run_main(predict, image, *flags, "--opacity", "2").err
-    done = run_main(predict, image, *flags)
-    assert (done.status, done.err.splitlines()[-1]) == (2, f"error: no checkpoint at {tmp_path / 'none.pth'}")
+    for arguments, message in [
+        ([tmp_path / "none.jpg", *flags], f"no picture at {tmp_path / 'none.jpg'}"),
+        ([image, *flags, "--opacity", "2"], "--opacity is 2.0, but must be"),
+        ([image, *flags], f"no checkpoint at {tmp_path / 'none.pth'}"),
+        ([image, *flags, "--device", "abacus"], "--device abacus: "),
+        ([image, *flags, "--config", tmp_path / "wrong.py"], "the config does not fit: "),
+        ([image, *flags, "--out", image.parent], f"the drawing of {image} would overwrite it: name another folder"),
+        ([image, copy, *flags], f"{image} and {copy} have the same name: draw them into two folders"),
+        ([image, *flags, "--out", copy], f"--out {copy} is a file"),
+    ]:
+        done = run_main(predict, *arguments)
+        assert done.status == 2
+        assert done.err.splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
 
 
@@ -144,11 +187,11 @@ def shapes(tmp_path_factory):
     return folder
 
 
-def test_published_config_on_another_data_set(shapes, tmp_path):
-    """SegFormer's, at a quarter of its size."""
-    config = Config.fromfile(LVT)
+def reduced(published, shapes, factor, file):
+    """Write a published config at a fraction of its sizes, on the shapes."""
+    config = Config.fromfile(published)
     config.model.backbone.init_cfg = None
-    config.model.data_preprocessor.size = (128, 128)
+    config.model.data_preprocessor.size = crop_size = (512 // factor, 512 // factor)
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader |= {"num_workers": 0, "persistent_workers": False}
         loader.dataset.data_root = str(shapes)
@@ -156,13 +199,20 @@ def test_published_config_on_another_data_set(shapes, tmp_path):
         config.train_dataloader.dataset.pipeline,
         config.test_dataloader.dataset.pipeline,
         config.test_pipeline,
+        config.tta_pipeline[1].transforms[0],
     ):
         for step in pipeline:
-            step |= {"scale": (512, 128)} if "Resize" in step.type and "scale" in step else {}
-            step |= {"crop_size": (128, 128)} if step.type == "RandomCrop" else {}
+            step |= {"scale": tuple(side // factor for side in step.scale)} if "scale" in step else {}
+            step |= {"crop_size": crop_size} if step.type == "RandomCrop" else {}
     config.train_cfg |= {"max_iters": 1, "val_interval": 2}
-    file, checkpoint = tmp_path / "quarter.py", tmp_path / "iter_1.pth"
     config.dump(file)
+    return config
+
+
+def test_published_config_on_another_data_set(shapes, tmp_path):
+    """SegFormer's, at a quarter of its size."""
+    file, checkpoint = tmp_path / "quarter.py", tmp_path / "iter_1.pth"
+    reduced(LVT, shapes, 4, file)
     done = run("train.py", file, "--work-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     slide = ["model.test_cfg.mode=slide", "model.test_cfg.crop_size=96,96", "model.test_cfg.stride=64,64"]
@@ -176,10 +226,34 @@ def test_published_config_on_another_data_set(shapes, tmp_path):
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [image.name for image in images]
 
 
+@pytest.mark.parametrize("published", [LIT_TI, LVT])
+def test_test_time_augmentation(published, shapes, tmp_path, monkeypatch):
+    file, checkpoint = tmp_path / "eighth.py", tmp_path / "segmentor.pth"
+    config = reduced(published, shapes, 8, file)
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        torch.save({"state_dict": MODELS.build(config.model).state_dict()}, checkpoint)
+    monkeypatch.setattr(sys, "argv", ["test.py", str(file), str(checkpoint), "--work-dir", str(tmp_path), "--tta"])
+    run_tool("mmseg", "test")
+    (numbers,) = tmp_path.glob("*/*.json")
+    assert json.loads(numbers.read_text()).keys() >= {"mIoU", "mAcc", "aAcc"}
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
         ("test", ["{config}", "{checkpoint}", "--aug-test"], "say --tta"),
+        ("test", ["{no_tta}", "{checkpoint}", "--tta"], "the config has no tta_pipeline"),
+        (
+            "train",
+            [*("{config}", "--resume", "--cfg-options", "load_from={checkpoint}"), "model.decode_head.channels=32"],
+            "its backbone does, its heads do not",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "train_dataloader.dataset.pipeline.1.reduce_zero_label=False"],
+            "the data set has reduce_zero_label=True, LoadAnnotations in its pipeline (pipeline.1) "
+            "reduce_zero_label=False",
+        ),
         (
             "train",
             ["{lit_ti}", "--cfg-options", "model.backbone.init_cfg=None"],
@@ -188,7 +262,7 @@ def test_published_config_on_another_data_set(shapes, tmp_path):
         (
             "train",
             ["{config}", "--cfg-options", "train_dataloader.dataset.img_suffix=.png"],
-            "a name that ends in img_suffix",
+            "set img_suffix='.png' or what they end in",
         ),
         (
             "train",
@@ -227,12 +301,14 @@ def test_published_config_on_another_data_set(shapes, tmp_path):
 def test_wrong_input_is_one_line(tool, arguments, message, config, trained, tmp_path, monkeypatch):
     names = {
         "config": config,
+        "no_tta": tmp_path / "no_tta.py",
         "checkpoint": trained / "iter_2.pth",
         "lit_ti": LIT_TI,
         "root": f"test_dataloader.dataset.data_root={config.parent / 'ade'}",
         "fifteen": "test_dataloader.dataset.metainfo.classes=" + ",".join("abcdefghijklmno"),
         "no_palette": "test_dataloader.dataset.metainfo.palette=[]",
     }
+    names["no_tta"].write_text(f"_base_ = '{config}'\n_base_.pop('tta_pipeline', None)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *(argument.format(**names) for argument in arguments)])
     with pytest.raises(InputError, match=re.escape(message)) as caught:
@@ -252,6 +328,55 @@ def test_a_wrong_label_is_one_line_from_a_loader_process(config, trained):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "ADE_val_00000001.png has label 14, but the classes are 0 to 13" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((75, 100, 3), dtype=np.uint8), "0.png has 3 channels, but a pixel's label is one number"),
+        (np.zeros((100, 75), dtype=np.uint8), "0.png is 100 x 75 pixels high x wide, its picture {picture} 75 x 100"),
+        (np.full((75, 100), 4, dtype=np.uint8), "0.png has label 4, but the classes are 1 to 3"),
+    ],
+)
+def test_wrong_annotations(labels, message, tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    picture = tmp_path / "images" / "0.jpg"
+    Image.new("RGB", (100, 75)).save(picture)
+    Image.fromarray(labels).save(tmp_path / "labels" / "0.png")
+    config = Config.fromfile(LVT)
+    for pipeline in (config.train_pipeline, config.test_pipeline, config.tta_pipeline):
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            dataset = BaseSegDataset(
+                metainfo={"classes": ("a", "b", "c")},
+                data_root=str(tmp_path),
+                data_prefix={"img_path": "images", "seg_map_path": "labels"},
+                reduce_zero_label=True,
+                pipeline=pipeline,
+            )
+        check_annotations(dataset, num_classes=3)
+        with pytest.raises(SampleError, match=re.escape(message.format(picture=picture))) as caught:
+            dataset[0]
+        assert "\n" not in str(caught.value)
+
+
+def test_looking_for_annotations_takes_no_time(tmp_path):
+    (tmp_path / "labels").mkdir()
+    for i in range(20_000):
+        (tmp_path / "labels" / f"{i}.png").touch()
+    (tmp_path / "names.txt").write_text("\n".join(map(str, range(20_000))))
+    dataset = BaseSegDataset(
+        ann_file="names.txt",
+        metainfo={"classes": ("a", "b")},
+        data_root=str(tmp_path),
+        data_prefix={"img_path": "images", "seg_map_path": "labels"},
+    )
+    start = time.process_time()
+    check_annotations(dataset, num_classes=2)
+    assert time.process_time() - start < 1
+    (tmp_path / "labels/17.png").unlink()
+    with pytest.raises(InputError, match="17.jpg has no annotation at .*labels/17.png: put it there"):
+        check_annotations(dataset, num_classes=2)
 
 
 def test_the_number_of_gpus_is_asked_for(config):

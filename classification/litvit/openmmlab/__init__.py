@@ -24,7 +24,7 @@ except ImportError as error:
     raise InputError(f"mmengine is needed ({error}): run ./setup_env.sh") from error
 
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.dist import barrier, get_local_rank
+from mmengine.dist import barrier
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -87,6 +87,11 @@ def load_from_url(url: str, map_location: Any = None) -> dict:
     return load_from_file(str(fetch(url)), map_location)
 
 
+def local_rank() -> int:
+    """Return the number of this process on its machine, as torchrun or Slurm says it; 0 if it is alone."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
 def fetch(source: str) -> Path:
     """Return the file of a path or a link; a link's file is kept in torch.hub's folder.
 
@@ -97,7 +102,7 @@ def fetch(source: str) -> Path:
         return Path(source).expanduser()
     file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(source).path).name)
     try:
-        if get_local_rank() == 0 and not file.exists():
+        if local_rank() == 0 and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source, str(file), progress=False)
     except (OSError, URLError) as error:

@@ -17,6 +17,7 @@ from mmengine.registry import METRICS, TRANSFORMS
 
 from litvit.analysis.panoptic import VOID, CocoPanoptic, PanopticQuality, segment_ids
 from litvit.errors import InputError
+from litvit.openmmlab.runner import SampleError
 
 
 @METRICS.register_module()
@@ -46,9 +47,12 @@ class PanopticQualityMetric(BaseMetric):
         for sample in data_samples:
             pixels = sample["pred_panoptic_seg"]["sem_seg"].cpu().long()
             preds = torch.stack((category_ids[pixels % INSTANCE_OFFSET], pixels // INSTANCE_OFFSET), dim=-1)
-            target, crowd = self.truth.target(sample["img_id"])
             self.quality.reset()
-            self.quality.update(preds, target[None], crowd[None])
+            try:
+                target, crowd = self.truth.target(sample["img_id"])
+                self.quality.update(preds, target[None], crowd[None])
+            except InputError as error:
+                raise SampleError(str(error)) from error
             self.results.append(self.quality.metric_state)
 
     def compute_metrics(self, results: list[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """mmengine's Runner for the command lines: wrong input is found first, and a CPU can do what a GPU can."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from mmengine import runner as mmengine_runner
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.dist import is_distributed
+from mmengine.evaluator import Evaluator
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -121,18 +124,27 @@ class _Runner(mmengine_runner.Runner):
         except ValueError as error:
             if "need at least one array" not in str(error):  # what mmengine makes of an empty data set
                 raise
-            raise InputError(
-                "no picture has an object of the config's classes (mmdet), or a name that ends in img_suffix (mmseg): "
-                + _CLASSES
-            ) from error
+            if self.cfg.get("default_scope") == "mmseg":
+                raise InputError(
+                    "no picture's name ends in the data set's img_suffix: set img_suffix='.png' or what they end in "
+                    "(seg_map_suffix for the annotations)"
+                ) from error
+            raise InputError(f"no picture has an object of the config's classes: {_CLASSES}") from error
         except (KeyError, TypeError, AttributeError, AssertionError) as error:
             file = dataloader.get("dataset", {}).get("ann_file", "") if isinstance(dataloader, dict) else ""
             raise InputError(f"cannot read the data set {file}: {_last_line(error)}") from error
         for dataset in _parts(built.dataset):
             _check_classes(dataset, _bare(self.model))
             if hasattr(dataset, "reduce_zero_label"):
-                _check_annotations(dataset, _bare(self.model).num_classes)
+                check_annotations(dataset, _bare(self.model).num_classes)
         return built
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        try:
+            return super().build_evaluator(evaluator)
+        except (JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            file = evaluator.get("ann_file", "") if isinstance(evaluator, dict) else ""
+            raise InputError(f"cannot build the evaluator {file}: {_last_line(error)}") from error
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
         check_fit(self.model, filename, "" if self._resume else self.needed)
@@ -151,9 +163,14 @@ class TrainingRunner(_Runner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> "_Runner":
+        latest = cfg.get("resume") and Path(cfg.work_dir, "last_checkpoint").is_file()
+        named = any(str(cfg.get("load_from")) in argument for argument in sys.argv)
+        if "--resume" in sys.argv and cfg.get("load_from") and not named:
+            # mmseg leaves the config's own load_from, where the run began, and mmengine would resume from that.
+            cfg.resume, cfg.load_from = latest, None if latest else cfg.load_from
         init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
         weights = init_cfg.get("checkpoint", "") if isinstance(init_cfg, dict) else ""
-        if weights and cfg.get("load_from") and not cfg.get("resume"):
+        if weights and (cfg.get("load_from") or latest):
             cfg.model.backbone.init_cfg = None  # a whole detector's weights come instead
         elif weights and "://" not in weights and not Path(weights).expanduser().is_file():
             raise InputError(
@@ -214,23 +231,54 @@ def _check_classes(dataset: Any, model: nn.Module) -> None:
             raise InputError(f"{name} has {wanted} classes, the data set {things}: {_CLASSES}")
 
 
-def _check_annotations(dataset: Any, num_classes: int) -> None:
-    """Raise an InputError if mmseg's annotations are not there or not for the model; have their labels looked at."""
+def check_annotations(dataset: Any, num_classes: int) -> None:
+    """Have the labels of mmseg's data set looked at when they are read.
+
+    Args:
+        dataset: a `BaseSegDataset`.
+        num_classes: of the model.
+
+    Raises:
+        InputError: other classes, contradicting settings, or annotations that are not there.
+    """
     classes = len(dataset.metainfo.get("classes") or ())
     if classes != num_classes:
         raise InputError(f"the head has {num_classes} classes, the data set {classes}: {_CLASSES}")
+    listed = {}  # asking for each file would take long, in a network's folders above all
     for i in range(len(dataset)):
         sample = dataset.get_data_info(i)
         file = sample.get("seg_map_path", "")
-        if file and "://" not in file and not Path(file).is_file():
-            raise InputError(f"{sample['img_path']} has no annotation at {file}: put it there, or remove the picture")
-    dataset.pipeline.transforms.append(_LabelCheck(classes, dataset.ignore_index, dataset.reduce_zero_label))
+        folder, name = os.path.split(file)
+        if not file or "://" in file:
+            continue
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in listed[folder]:
+            raise InputError(
+                f"{sample['img_path']} has no annotation at {file}: put it there, remove the picture, or set the data "
+                "set's seg_map_suffix"
+            )
+    _check_labels(dataset.pipeline, _LabelCheck(classes, dataset.ignore_index, dataset.reduce_zero_label))
+
+
+def _check_labels(pipeline: Compose, check: "_LabelCheck") -> None:
+    """Put a check behind each step that loads labels, those of test-time augmentation too."""
+    for i, step in reversed(list(enumerate(pipeline.transforms))):
+        if hasattr(step, "reduce_zero_label"):
+            if step.reduce_zero_label not in (None, check.zero_label):
+                raise InputError(
+                    f"the data set has reduce_zero_label={check.zero_label}, {type(step).__name__} in its pipeline "
+                    f"(pipeline.{i}) reduce_zero_label={step.reduce_zero_label}: leave it out there"
+                )
+            pipeline.transforms.insert(i + 1, check)
+        for part in getattr(step, "subroutines", []):
+            _check_labels(part, check)
 
 
 class _LabelCheck:
-    """Last step of mmseg's pipelines: labels beyond the classes are wrong input.
+    """Step of mmseg's pipelines: labels in colours, of another size than the picture or beyond the classes are wrong.
 
-    Training would end in an assertion on the GPU, and the evaluation would leave them out.
+    Training would end in an assertion on the GPU or learn from shifted labels, and the evaluation would leave them out.
     """
 
     def __init__(self, classes: int, ignored: int, zero_label: bool) -> None:
@@ -239,14 +287,21 @@ class _LabelCheck:
         self.zero_label = zero_label  # whether the file's label 0 is no class, and the first class 1
 
     def __call__(self, results: dict) -> dict:
-        samples = results.get("data_samples", [])
-        for sample in samples if isinstance(samples, list) else [samples]:  # several in test-time augmentation
-            labels = sample.gt_sem_seg.data if "gt_sem_seg" in sample else torch.empty(0)
-            strange = labels[(labels >= self.classes) & (labels != self.ignored)]
-            if strange.numel():
-                first, last = int(self.zero_label), self.zero_label + self.classes - 1
-                raise SampleError(
-                    f"{sample.seg_map_path} has label {strange[0] + first}, but the classes are {first} to {last}: "
-                    f"{_CLASSES}, and reduce_zero_label=True if label 0 is no class"
-                )
+        file, labels = results["seg_map_path"], results["gt_seg_map"]
+        if labels.ndim > 2:
+            raise SampleError(
+                f"{file} has {labels.shape[2]} channels, but a pixel's label is one number: save one channel, or a "
+                "palette's indices"
+            )
+        size = tuple(results.get("ori_shape", labels.shape)[:2])
+        if labels.shape != size:
+            sides = " x ".join(map(str, labels.shape)), " x ".join(map(str, size))
+            raise SampleError(f"{file} is {sides[0]} pixels high x wide, its picture {results['img_path']} {sides[1]}")
+        strange = labels[(labels >= self.classes) & (labels != self.ignored)]
+        if strange.size:
+            first, last = int(self.zero_label), self.zero_label + self.classes - 1
+            raise SampleError(
+                f"{file} has label {int(strange[0]) + first}, but the classes are {first} to {last}: "
+                f"{_CLASSES}, and reduce_zero_label=True if label 0 is no class"
+            )
         return results

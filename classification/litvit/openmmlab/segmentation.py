@@ -22,7 +22,9 @@ class SegFormerHead(BaseDecodeHead):
     1 x 1 convolution with norm and ReLU; dropout; a 1 x 1 convolution to the classes.
 
     Args:
-        kwargs: mmseg's `BaseDecodeHead`'s.
+        kwargs: mmseg's `BaseDecodeHead`'s: `in_channels` and `in_index` of the levels, the first one the largest,
+            `channels`, `num_classes`, `norm_cfg` (None: no norm), `dropout_ratio`, `align_corners` and the loss.
+            `conv_cfg` and `act_cfg` change nothing, `input_transform` and `init_cfg` are set here.
     """
 
     def __init__(self, **kwargs) -> None:
@@ -30,7 +32,7 @@ class SegFormerHead(BaseDecodeHead):
         for i, in_channels in enumerate(self.in_channels, start=1):
             self.add_module(f"linear_c{i}", nn.ModuleDict({"proj": nn.Linear(in_channels, self.channels)}))
         levels = len(self.in_channels)
-        self.linear_fuse = ConvModule(levels * self.channels, self.channels, 1, norm_cfg=self.norm_cfg)
+        self.linear_fuse = ConvModule(levels * self.channels, self.channels, 1, bias=False, norm_cfg=self.norm_cfg)
         self.linear_pred = self.conv_seg
         del self.conv_seg
         self._register_load_state_dict_pre_hook(self._drop_conv_seg)
@@ -49,7 +51,9 @@ class SegFormerHead(BaseDecodeHead):
         fused, *others = levels
         for x in others:
             fused += F.interpolate(x, fused.shape[2:], mode="bilinear", align_corners=self.align_corners)
-        return self.cls_seg(self.linear_fuse.activate(self.linear_fuse.norm(fused)))
+        if self.linear_fuse.with_norm:
+            fused = self.linear_fuse.norm(fused)
+        return self.cls_seg(self.linear_fuse.activate(fused))
 
     def cls_seg(self, feat: Tensor) -> Tensor:
         """Classify each location: (B, channels, h, w) -> (B, classes, h, w)."""

@@ -4,8 +4,10 @@ import argparse
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import nn
 
 from litvit import cli
 from litvit.errors import InputError
+from litvit.openmmlab import local_rank
+from litvit.training.model import choose_device
 
 # Flags of mmdet 2 and mmseg 0.x that the papers' commands use.
 _OLD_FLAGS = {
@@ -33,55 +37,67 @@ _OLD_FLAGS = {
 }
 
 
-def run_tool(package: str, name: str) -> int | None:
+def run_tool(package: str, name: str) -> None:
     """Run `tools/<name>.py` of mmdet or mmseg with this process' arguments.
 
     Args:
         package: "mmdet" or "mmseg".
         name: "train" or "test".
 
-    Returns:
-        An exit status, None for success.
-
     Raises:
-        InputError: wrong input, in the machine's first process, or in that which reads the wrong sample; the others
-            return its status.
+        InputError: wrong input, in the machine's first process, or in that which reads the wrong sample.
     """
     from litvit.openmmlab import runner  # slow to import, and check_command's callers may not need it
 
+    rank = local_rank()  # mmdet's and mmseg's scripts set it to 0 where only Slurm has said it
     try:
-        check_command(sys.argv[1:])
-        tools = import_package(package) / ".mim" / "tools"
-        spec = importlib.util.spec_from_file_location(f"{package}_{name}", tools / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        script.Runner = {"train": runner.TrainingRunner, "test": runner.TestRunner}[name]
-        script.main()
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
+        with _in_one_line():
+            check_command(sys.argv[1:])
+            tools = import_package(package) / ".mim" / "tools"
+            spec = importlib.util.spec_from_file_location(f"{package}_{name}", tools / f"{name}.py")
+            script = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(script)
+            script.Runner = {"train": runner.TrainingRunner, "test": runner.TestRunner}[name]
+            script.main()
+    except InputError as error:
+        if rank == 0 or isinstance(error, runner.SampleError):
+            raise
+        return  # the machine's first process says so, and is not ended before by another's status
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Turn what mmengine, mmdet and mmseg raise for wrong input into an InputError."""
+    try:
+        yield
     except FileNotFoundError as error:  # also of a loader process, with its traceback as message
-        raise runner.SampleError(str(error)) from error
+        from litvit.openmmlab.runner import SampleError
+
+        raise SampleError(str(error)) from error
     except (SyntaxError, ConfigParsingError) as error:
         raise InputError(f"the config cannot be read: {' '.join(str(error).split())}") from error
-    except (KeyError, TypeError, AssertionError) as error:
+    except (KeyError, TypeError, AssertionError, AttributeError) as error:
         message = " ".join(str(error).split())
+        if missing := re.search(r"'ConfigDict' object has no attribute '(\w+)'", message):
+            raise InputError(f"the config has no {missing[1]}") from error
         if not any(part in message for part in ("registry", "class `", "__init__()")):  # what cannot be built
             raise
         raise InputError(f"the config does not fit: {message}") from error
-    except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, runner.SampleError):
-            raise
-        return cli.EXIT_INPUT_ERROR  # the first process of the machine says what is wrong
-    return None
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """Raise an InputError for flags of mmdet 2 and mmseg 0.x, and for a config that is not there."""
+    """Raise an InputError for flags of mmdet 2 and mmseg 0.x, options without value, and a config that is not there."""
+    last = ""
     for argument in arguments:
         flag = argument.partition("=")[0]
+        last = flag if flag.startswith("--") else last
+        if last == "--cfg-options" and flag != last and "=" not in argument:
+            raise InputError(f"--cfg-options takes key=value, not '{argument}'")
         if flag in _OLD_FLAGS:
             raise InputError(f"{flag} is of an older OpenMMLab: {_OLD_FLAGS[flag]}")
         if argument.endswith(".py") and "=" not in argument and not Path(argument).is_file():
@@ -108,7 +124,7 @@ def prediction_parser(description: str) -> cli.ArgumentParser:
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the drawings")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cpu ... (cuda where there is one)")
     return parser
 
 
@@ -126,28 +142,39 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
     Raises:
         InputError: wrong input.
     """
-    check_command([args.config])
+    drawings = {}
     for image in args.images:
         if not image.is_file():
             raise InputError(f"no picture at {image}")
-    import_package(package)
-    import mmcv
-    from mmengine.registry import DATASETS
+        drawing = args.out / image.name
+        if drawing.exists() and drawing.samefile(image):
+            raise InputError(f"the drawing of {image} would overwrite it: name another folder than --out {args.out}")
+        if drawing in drawings:
+            raise InputError(f"{drawings[drawing]} and {image} have the same name: draw them into two folders")
+        drawings[drawing] = image
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file: name a folder")
+    device = choose_device(args.device)
+    with _in_one_line():
+        check_command([args.config])
+        import_package(package)
+        import mmcv
+        from mmengine.registry import DATASETS
 
-    from litvit.openmmlab.runner import check_fit
+        from litvit.openmmlab.runner import check_fit
 
-    apis = importlib.import_module(f"{package}.apis")
-    init, predict = {"mmdet": ("init_detector", "inference_detector"), "mmseg": ("init_model", "inference_model")}[
-        package
-    ]
-    model = getattr(apis, init)(args.config, device="cpu")
-    meta = check_fit(model, args.checkpoint).get("meta", {})
-    dataset = DATASETS.build({**model.cfg.test_dataloader.dataset, "lazy_init": True})
-    model.dataset_meta = dataset.metainfo | meta.get("dataset_meta", {})
-    model.to(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for image in args.images:
-        pixels = mmcv.imread(str(image), channel_order="rgb")
-        if pixels is None:
-            raise InputError(f"{image} is no picture that can be read")
-        yield model, args.out / image.name, pixels, getattr(apis, predict)(model, pixels[..., ::-1])
+        apis = importlib.import_module(f"{package}.apis")
+        init, predict = {"mmdet": ("init_detector", "inference_detector"), "mmseg": ("init_model", "inference_model")}[
+            package
+        ]
+        model = getattr(apis, init)(args.config, device="cpu")
+        meta = check_fit(model, args.checkpoint).get("meta", {})
+        dataset = DATASETS.build({**model.cfg.test_dataloader.dataset, "lazy_init": True})
+        model.dataset_meta = dataset.metainfo | meta.get("dataset_meta", {})
+        model.to(device)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for drawing, image in drawings.items():
+            pixels = mmcv.imread(str(image), channel_order="rgb")
+            if pixels is None:
+                raise InputError(f"{image} is no picture that can be read")
+            yield model, drawing, pixels, getattr(apis, predict)(model, pixels[..., ::-1])

@@ -4,7 +4,7 @@
 # Cost: not measured.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",
-    "mmseg::_base_/datasets/ade20k.py",
+    "../_ade20k.py",
     "mmseg::_base_/schedules/schedule_80k.py",
     "mmseg::_base_/default_runtime.py",
 ]

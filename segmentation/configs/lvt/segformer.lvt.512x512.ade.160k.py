@@ -5,7 +5,7 @@
 # Cost: not measured.
 _base_ = [
     "mmseg::_base_/models/segformer_mit-b0.py",
-    "mmseg::_base_/datasets/ade20k.py",
+    "../_ade20k.py",
     "mmseg::_base_/schedules/schedule_160k.py",
     "mmseg::_base_/default_runtime.py",
 ]
@@ -13,17 +13,18 @@ custom_imports = dict(imports=["litvit.openmmlab", "litvit.openmmlab.segmentatio
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
-    backbone=dict(_delete_=True, type="LVT", init_cfg=dict(type="Pretrained", checkpoint="pretrained/lvt.pth")),
+    backbone=dict(
+        _delete_=True,
+        type="LVT",
+        drop_path_rate=0.0,
+        init_cfg=dict(type="Pretrained", checkpoint="pretrained/lvt.pth"),
+    ),
     decode_head=dict(type="SegFormerHead", in_channels=[64, 64, 160, 256], num_classes=150),
 )
 
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    dict(type="ResizeToMultiple", size_divisor=32),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
-    dict(type="PackSegInputs"),
-]
+test_pipeline, tta_pipeline = _base_.test_pipeline, _base_.tta_pipeline
+test_pipeline.insert(2, dict(type="ResizeToMultiple", size_divisor=32))
+tta_pipeline[1].transforms.insert(1, [dict(type="ResizeToMultiple", size_divisor=32)])
 train_dataloader = dict(batch_size=2)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

@@ -2,8 +2,10 @@
 
 import math
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from mmseg.datasets import BaseSegDataset
 from litvit.demo_data import BACKGROUNDS, CLASSES, PALETTE, SEGMENTATION_CLASSES, SceneSettings, build
 from litvit.errors import InputError
 from litvit.openmmlab.panoptic import LoadCocoPanoptic
+from litvit.openmmlab.runner import SampleError
 
 DETECTION = SceneSettings("detection", train=4, val=3, image_size=96)
 PANOPTIC = {"classes": CLASSES + BACKGROUNDS, "thing_classes": CLASSES, "stuff_classes": BACKGROUNDS}
@@ -153,3 +156,19 @@ def test_classes_of_another_data_set(coco):
     metric = panoptic_metric(coco, classes=("0", "1", "cat", "dog"))
     with pytest.raises(InputError, match="panoptic_val2017.json' has no class cat, dog: set metainfo"):
         metric.process({}, [])
+
+
+def test_a_broken_annotation_is_told_by_the_process_that_reads_it(coco, tmp_path):
+    truth = shutil.copytree(coco / "annotations", tmp_path / "annotations")
+    sample = panoptic_dataset(coco, "val")[0]
+    file = truth / "panoptic_val2017" / Path(sample["seg_map_path"]).name
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(SampleError, match=f"cannot read '{file}'"):
+        panoptic_metric(tmp_path).process({}, list(predictions([sample])))
+
+
+def test_an_annotation_file_of_another_kind(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/panoptic_val2017.json").write_text("[]")
+    with pytest.raises(InputError, match="is no COCO panoptic file"):
+        panoptic_metric(tmp_path)

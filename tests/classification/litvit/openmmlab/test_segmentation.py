@@ -6,8 +6,10 @@ from pathlib import Path
 import mmseg.registry
 import pytest
 import torch
+import torch.multiprocessing
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -82,6 +84,40 @@ def test_segformer_head_in_half_precision(dtype):
             logits = ours(maps)
     assert logits.dtype == dtype
     assert (logits - expected).norm() < 0.02 * expected.norm()
+
+
+def test_segformer_head_without_norm():
+    ours = head(norm_cfg=None).double()
+    maps = [torch.randn(1, channels, 8 // 2**i, 8 // 2**i).double() for i, channels in enumerate(ours.in_channels)]
+    ours.linear_fuse.add_module("bn", nn.Identity())
+    torch.testing.assert_close(ours(maps), published_order(ours, maps))
+
+
+def share_of_the_gradient(rank, folder):
+    """Two steps of one of two processes, each with maps of its own."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = MMDistributedDataParallel(head().double(), broadcast_buffers=False)
+    for maps in (maps_of(rank), maps_of(rank)):  # what one step has left unused, the next would complain of
+        model.zero_grad()
+        model(maps).square().mean().backward()
+    torch.save({name: parameter.grad for name, parameter in model.module.named_parameters()}, folder / f"{rank}.pth")
+
+
+def maps_of(rank):
+    torch.manual_seed(rank)
+    return [torch.randn(2, channels, 8 // 2**i, 8 // 2**i).double() for i, channels in enumerate((8, 8, 16, 24))]
+
+
+def test_segformer_head_in_two_processes(tmp_path):
+    torch.multiprocessing.start_processes(share_of_the_gradient, (tmp_path,), nprocs=2, start_method="fork")
+    alone = [head().double() for _ in range(2)]
+    for rank, model in enumerate(alone):
+        model(maps_of(rank)).square().mean().backward()
+    for rank in range(2):
+        grads = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        for (name, one), other in zip(alone[0].named_parameters(), alone[1].parameters(), strict=True):
+            torch.testing.assert_close(grads[name], (one.grad + other.grad) / 2, msg=name)
 
 
 def segmentation_entries(arch, published):
