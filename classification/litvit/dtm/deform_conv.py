@@ -4,13 +4,21 @@ Shape letters: B images, (H, W) tokens in, (h, w) = (H // k, W // k) tokens out,
 size.
 """
 
+import os
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+TRITON = find_spec("triton") is not None and os.environ.get("LIT_TRITON") != "0"
+TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
-def deform_conv_tokens(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def deform_conv_tokens(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, *, triton: bool | None = None
+) -> Tensor:
     """Deformable convolution with stride = kernel size and no padding (LIT, "Deformable token merging").
 
     Tap (ky, kx) of output (i, j) reads the input at (k*i + ky + dy, k*j + kx + dx) by bilinear interpolation; what lies
@@ -20,11 +28,18 @@ def deform_conv_tokens(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor |
     Coordinates are computed in float32 or better whatever the type of the tokens: a bfloat16 column above 256 has no
     fraction left.
 
+    On a GPU Triton kernels take the place of the plain formulation (`litvit.dtm.triton_kernels`): no sampled patch
+    is kept for backward. They add up the gradients of tokens in an order that varies from run to run, so under
+    `torch.use_deterministic_algorithms(True)` the plain formulation runs there too.
+
     Args:
         x: tokens, (B, H, W, C). An odd last row or column gets no tap of its own, as in a strided convolution.
         offset: (B, h, w, 2*k*k), in pixels: (dy, dx) of the taps in reading order. Any value is safe; NaN gives NaN.
         weight: (O, C, k, k).
         bias: (O,) or None.
+        triton: run Triton's kernels or not; None: where they work, unless the environment says LIT_TRITON=0. That is
+            on GPUs of compute capability 8.0 or more, where Triton is installed, in float32, bfloat16 and float16. On a
+            CPU they run in Triton's interpreter alone (TRITON_INTERPRET=1), for tests.
 
     Returns:
         Tokens, (B, h, w, O).
@@ -33,24 +48,46 @@ def deform_conv_tokens(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor |
         ValueError: shapes that do not fit.
     """
     _check_shapes(x, offset, weight, bias)
-    taps = sample_taps(x, offset, weight.shape[-1])
-    return F.linear(taps, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    k = weight.shape[-1]
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    if min(x.shape[1:3]) == 1:
+        # Every read takes two rows and two columns.
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+    if _runs_triton(x, offset, matrix) if triton is None else triton:
+        if torch.is_autocast_enabled(x.device.type):
+            matrix = matrix.to(torch.get_autocast_dtype(x.device.type))
+        from litvit.dtm.triton_kernels import deform_conv
+
+        return deform_conv(x, offset, matrix, bias, k)
+    return F.linear(sample_taps(x, offset, k), matrix, bias)
+
+
+def _runs_triton(x: Tensor, offset: Tensor, matrix: Tensor) -> bool:
+    return (
+        TRITON
+        and _supports_triton(x.device)
+        and {x.dtype, offset.dtype, matrix.dtype} <= TRITON_DTYPES
+        and (x.dtype == matrix.dtype or torch.is_autocast_enabled(x.device.type))
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _supports_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
     """Read the k*k taps of every output token bilinearly.
 
     Args:
-        x: tokens, (B, H, W, C).
+        x: tokens, (B, H, W, C), H and W at least 2.
         offset: (B, h, w, 2*k*k), in pixels, see `deform_conv_tokens`.
         k: kernel size and stride.
 
     Returns:
         (B, h, w, k*k*C), the taps in reading order.
     """
-    if min(x.shape[1:3]) == 1:
-        # Every read takes two rows and two columns.
-        x = F.pad(x, (0, 0, 0, 1, 0, 1))
     B, H, W, C = x.shape
     dtype = torch.promote_types(torch.promote_types(x.dtype, offset.dtype), torch.float32)
     index, weight = _BilinearCorners.apply(offset.to(dtype), (H, W), k)

@@ -1,5 +1,6 @@
 """Deformable token merging, the downsampling of LIT: tokens of an object merge, wherever they lie."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,7 +40,18 @@ class DeformableTokenMerging(nn.Module):
         """
         # Seen as (B, C, H, W) in torch's channels_last memory format, tokens need no copy.
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        merged = deform_conv_tokens(x, offset, self.conv.weight, self.conv.bias)
-        merged = self.norm(merged.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if type(self.norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not self.norm.training:
+            merged = deform_conv_tokens(x, offset, *self._normalised_conv())
+        else:
+            merged = deform_conv_tokens(x, offset, self.conv.weight, self.conv.bias)
+            merged = self.norm(merged.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         merged = F.gelu(merged)
         return (merged, offset) if return_offset else merged
+
+    def _normalised_conv(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with the norm's running statistics, scale and shift in them."""
+        weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
+        shift = (bias - norm.running_mean) * scale + norm.bias
+        return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(bias.dtype)

@@ -167,6 +167,45 @@ def test_module_reads_where_its_offsets_say():
     torch.testing.assert_close(tokens, expected)
 
 
+def _trained_module(dtype):
+    torch.manual_seed(0)
+    merge = DeformableTokenMerging(6, 10)
+    for tensor in (merge.offset.weight, merge.norm.weight, merge.norm.bias, merge.norm.running_mean):
+        torch.nn.init.normal_(tensor)
+    torch.nn.init.uniform_(merge.norm.running_var, 0.5, 2)
+    return merge.to(dtype).eval()
+
+
+def test_eval_normalises_with_running_statistics_and_has_their_gradients():
+    merge = _trained_module(torch.float64)
+    x = torch.randn(2, 8, 8, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *merge.parameters()]
+    offset = merge.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    merged = deform_conv_tokens(x, offset, merge.conv.weight, merge.conv.bias).permute(0, 3, 1, 2)
+    expected, tokens = F.gelu(merge.norm(merged)).permute(0, 2, 3, 1), merge(x)
+    torch.testing.assert_close(tokens, expected)
+    gradient = torch.randn_like(tokens)
+    torch.testing.assert_close(
+        torch.autograd.grad(tokens, leaves, gradient), torch.autograd.grad(expected, leaves, gradient)
+    )
+
+
+def test_eval_in_bfloat16_is_near_float64():
+    merge, x = _trained_module(torch.bfloat16), torch.randn(2, 8, 8, 6).bfloat16()
+    torch.nn.init.zeros_(merge.offset.weight)  # or roundings of offsets would be seen
+    tokens = merge(x)
+    expected = merge.double()(x.double())
+    assert tokens.dtype == torch.bfloat16
+    assert (tokens.double() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_another_norm_can_take_the_place_of_batch_norm():
+    merge = _trained_module(torch.float64)
+    merge.norm = torch.nn.GroupNorm(2, 10).double()
+    x = torch.randn(2, 4, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(merge(x), merge.train()(x))
+
+
 def test_module_converts_to_synchronised_batch_norm():
     merge = torch.nn.SyncBatchNorm.convert_sync_batchnorm(DeformableTokenMerging(6, 10))
     assert isinstance(merge.norm, torch.nn.SyncBatchNorm)
