@@ -13,6 +13,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, tru
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from litvit.attention import relative_attention
 from litvit.checkpoints import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
 from litvit.errors import InputError
@@ -51,30 +52,13 @@ class Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.zeros(num_heads, 2 * h - 1, 2 * w - 1))
             trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def relative_position_bias(self, grid: tuple[int, int]) -> Tensor:
-        """Write out the bias of query i and key j, table[yi - yj + h - 1, xi - xj + w - 1], for a map of (h, w) tokens.
-
-        Returns:
-            (1, heads, N, N).
-        """
-        h, w = grid
-        table = resize_relative_table(self.relative_position_bias_table, grid)
-        # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
-        windows = table.unfold(1, h, 1).unfold(2, w, 1)
-        return windows.flip(3, 4).reshape(1, self.num_heads, h * w, h * w)
-
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = None
-        if self.relative_position_bias_table is not None:
-            bias = self.relative_position_bias(grid).to(q.dtype)
-        if bias is not None and torch.is_grad_enabled() and x.device.type == "cpu":
-            # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower than this.
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            x = scores.add_(bias).softmax(-1) @ v
+        if self.relative_position_bias_table is None:
+            x = F.scaled_dot_product_attention(q, k, v)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            x = relative_attention(q, k, v, resize_relative_table(self.relative_position_bias_table, grid), grid)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
@@ -321,7 +305,8 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
     """Pad (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
     # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
     bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    # torch.compile makes one graph of it for all sizes, in which padding by nothing costs nothing.
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if torch.compiler.is_compiling() or bottom or right else x
 
 
 def _cfg() -> dict:

@@ -68,8 +68,10 @@ class ConvolutionalSelfAttention(nn.Module):
 def _unfold(x: Tensor, h: int, w: int) -> Tensor:
     """Cut (B, H, W, C) into h x w patches, zeros around: (3, 3, B, h, w, C)."""
     B, H, W, C = x.shape
-    if H % 2 or W % 2:
-        x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+    # So written, sizes that torch.compile does not know come out as h and w again, which it need not prove.
+    bottom, right = 2 * h - H, 2 * w - W
+    if torch.compiler.is_compiling() or bottom or right:
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
     middle, end = x.view(B, h, 2, 2 * w, C).unbind(2)
     x = torch.stack((F.pad(end[:, :-1], (0, 0, 0, 0, 1, 0)), middle, end))
     middle, end = x.view(3, B, h, w, 2, C).unbind(4)

@@ -1,0 +1,112 @@
+"""Attention over all tokens of a map with a learned relative position bias, by the path that suits device and size.
+
+Shape letters: B images, (h, w) map, N = h*w tokens, d channels a head.
+"""
+
+import importlib.util
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litvit.errors import InputError
+
+_PATHS = ("plain", "sdpa", "triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("LIT_TRITON") != "0"
+# Up to here a written-out bias is small beside what else the attention reads and writes.
+_SMALL_MAP = 256
+
+
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, int], path: str | None = None
+) -> Tensor:
+    """Compute softmax(q k^T / sqrt(d) + bias) v, with a learned bias for every difference in position.
+
+    The bias of query (yi, xi) and key (yj, xj) is table[head, yi - yj + h - 1, xi - xj + w - 1]. Three paths compute
+    the same:
+
+    - "triton", on CUDA for maps of more than 256 tokens: kernels that look the bias up in the table, forward and
+      backward, and write no N x N numbers. They take float32 (as TF32 where torch's matrix products do), bfloat16 and
+      float16, heads of 16, 32, 64 or 128 channels, and need compute capability 8.0. LIT_TRITON=0 in the environment
+      forbids them.
+    - "plain", on a CPU where gradients are recorded: matrix products and softmax, with the bias written out.
+    - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
+
+    Args:
+        q: queries, (B, heads, N, d).
+        k: keys, (B, heads, N, d).
+        v: values, (B, heads, N, d).
+        table: (heads, 2h - 1, 2w - 1), of any floating type.
+        grid: (h, w).
+        path: "plain", "sdpa" or "triton" to force it; None for what the environment variable LIT_ATTENTION names, or
+            without it for the choice above.
+
+    Returns:
+        (B, heads, N, d).
+
+    Raises:
+        InputError: an unknown path, or one that cannot take these tokens.
+        ValueError: shapes that do not fit.
+    """
+    h, w = grid
+    _, heads, N, d = q.shape
+    if not q.shape == k.shape == v.shape or h * w != N:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v must be (B, heads, {h} * {w}, d), got {shapes}")
+    if tuple(table.shape) != (heads, 2 * h - 1, 2 * w - 1):
+        raise ValueError(f"table must be {(heads, 2 * h - 1, 2 * w - 1)}, got {tuple(table.shape)}")
+    path = _choose(q, path)
+    if path == "triton":
+        from litvit.attention import kernels
+
+        return kernels.relative_attention(q, k, v, table, w)[0]
+    bias = relative_position_bias(table, grid).to(q.dtype)
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scores = (q * d**-0.5) @ k.transpose(-2, -1)
+    return scores.add_(bias).softmax(-1) @ v
+
+
+def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Write out the bias of query i and key j, table[yi - yj + h - 1, xi - xj + w - 1], for a map of (h, w) tokens.
+
+    Args:
+        table: (heads, 2h - 1, 2w - 1).
+        grid: (h, w).
+
+    Returns:
+        (1, heads, N, N).
+    """
+    h, w = grid
+    # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
+    windows = table.unfold(1, h, 1).unfold(2, w, 1)
+    return windows.flip(3, 4).reshape(1, -1, h * w, h * w)
+
+
+def _choose(q: Tensor, path: str | None) -> str:
+    path = path or os.environ.get("LIT_ATTENTION")
+    if path and path not in _PATHS:
+        raise InputError(f"the path of attention must be one of {', '.join(_PATHS)}, got {path!r}")
+    if path == "triton" and not _kernels_take(q):
+        raise InputError(
+            "attention's path 'triton' needs Triton, a GPU of compute capability 8.0, float32, bfloat16 or float16 "
+            f"and heads of 16, 32, 64 or 128 channels, got {q.dtype} on {q.device.type} with {q.shape[3]}"
+        )
+    if path:
+        return path
+    if q.is_cuda and q.shape[2] > _SMALL_MAP and _kernels_take(q):
+        return "triton"
+    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower.
+    return "plain" if q.device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
+
+
+def _kernels_take(q: Tensor) -> bool:
+    if not _HAS_TRITON or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if q.shape[3] not in (16, 32, 64, 128):
+        return False
+    if q.is_cuda:
+        return torch.cuda.get_device_properties(q.device).major >= 8
+    # Triton's interpreter runs kernels on a CPU.
+    return q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
