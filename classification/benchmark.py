@@ -1,214 +1,178 @@
-"""Measure LIT beside its peers: `benchmark.py dtm` (token merging) and `benchmark.py models` (whole models).
+"""Measure LIT beside its peers, and the parts that it is made of.
 
 What is compared runs interleaved in one process, so that a busy machine slows all alike; figures are medians.
 """
 
 import argparse
-import contextlib
 import json
-import platform
-import runpy
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
-import torchvision
-from torch import Tensor
 
 import litvit  # noqa: F401 (registers the models)
 from litvit import cli
-from litvit.analysis.macs import count_macs
-from litvit.dtm import deform_conv_tokens
+from litvit.analysis import benchmarks
+from litvit.analysis.benchmarks import COUNTERPARTS, DTYPES, PASSES, PUBLISHED
+from litvit.analysis.input_pipeline import benchmark_data
+from litvit.analysis.measuring import machine
 from litvit.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ON_A_GPU = torch.cuda.is_available()
 PEER = "swin_tiny_patch4_window7_224"
-PUBLISHED_LVT = Path(__file__).parents[1] / "tests/classification/litvit/models/published_lvt.py"
+TABLE1 = ("lit_ti", "lit_s", "lit_m", "lit_b", "lvt", *(name for name in PUBLISHED if name not in COUNTERPARTS))
+DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "lvt", "resnet50", PEER)
+MIB = 2**20
 
+HELP = f"""{__doc__}
+On one GPU, these lines show whether the goals are met (on an H200; the goal of each: benchmark.py DOOR --help):
 
-def interleaved_medians(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Time calls in turn, `repeats` rounds after a warm-up round.
+  python benchmark.py table1 --amp-dtype bfloat16 --json table1.json
+  python benchmark.py table1 --amp-dtype bfloat16 --compile --json table1-compiled.json
+  for model in lit_s lit_b; do for batch in 64 256; do
+      python benchmark.py dtm --model $model --dtype bfloat16 -b $batch --json dtm-$model-$batch.json; done; done
+  python benchmark.py attention --dtype bfloat16 --json attention.json
+  python benchmark.py dense --amp-dtype bfloat16 --json dense.json
+  python benchmark.py data --json data.json
+"""
+TABLE1_HELP = """\
+The models of LIT's Table 1, and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
 
-    Returns:
-        Median seconds a call.
-    """
-    seconds = {name: [] for name in calls}
-    for round_ in range(repeats + 1):
-        for name, call in calls.items():
-            elapsed = _seconds(call, device)
-            if round_:
-                seconds[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, in brackets
+the published ones (RTX 3090, batch 64). The paper's PVT-S is not in timm; pvt_v2_b2 stands for it. Training is forward,
+backward and AdamW; no model has stochastic depth; convolutional networks run channels-last, as their users run them.
+Memory (GPU only) is that of each model alone, with weights, gradients and optimizer.
 
+Goals on a GPU: in inference more than the published ratios; in training less memory than the counterpart (ratios below
+1). On two CPU cores (float32 or autocast, batch 8): LIT-S 1.2 in inference (compiled 1.25) and 1.1 in training, LIT-M
+and LIT-B 1.1.
+"""
+DTM_HELP = """\
+Deformable token merging, the three shapes of a model, beside a linear merge (2 x 2, stride 2) and the operators of
+torchvision and, where it is installed, mmcv. They lack bfloat16: there they get float16 on a GPU, and are left out on a
+CPU.
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+Goals on a GPU (bfloat16, batch 64 to 256): at most 1.5 times the linear merge's time in the forward pass, 2 times in
+forward and backward; torchvision and mmcv take 5 times ours or more.
+"""
+ATTENTION_HELP = """\
+Attention with a relative position bias, the two late stages of a model: by the path that is chosen for it
+("ours"), by scaled_dot_product_attention with the bias written out ("sdpa"), and by matrix products ("plain").
 
+Goals on a GPU: at 224 no slower than sdpa; at 1333 x 800 faster than sdpa, at a quarter of its memory or less.
+"""
+DENSE_HELP = """\
+Backbones with the maps of all stages, forward and backward, in training mode. Ratios are to the last model.
+Images are padded to a multiple of 32, as detectors do. NAME:sdpa and NAME:plain force a path of attention that writes
+the bias out.
 
-def _linear_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    B, H, W, C = x.shape
-    patches = x.view(B, H // 2, 2, W // 2, 2, C).transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C)
-    return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
-
-
-def _torchvision_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    maps = x.permute(0, 3, 1, 2), offset.permute(0, 3, 1, 2)
-    return torchvision.ops.deform_conv2d(*maps, weight, bias, stride=2).permute(0, 2, 3, 1)
-
-
-def benchmark_dtm(args: argparse.Namespace) -> list[dict]:
-    """Time the three merges of a model, forward and forward + backward, beside torchvision's op and a linear merge.
-
-    Returns:
-        A row a shape and one for their sum: milliseconds, and ratios of ours to the others.
-    """
-    device, dtype = args.device, DTYPES[args.dtype]
-    merges = {"ours": deform_conv_tokens, "torchvision": _torchvision_merge, "linear": _linear_merge}
-    if dtype == torch.bfloat16:
-        del merges["torchvision"]  # its op has no bfloat16
-    with torch.device("meta"):
-        stages = timm.create_model(args.model).stages
-    rows = []
-    for i, stage in enumerate(stages[1:]):
-        out_dim, in_dim = stage.downsample.conv.weight.shape[:2]
-        side = 224 // (4 * 2**i)
-        like = {"device": device, "dtype": dtype}
-        tensors = (
-            torch.randn(args.batch_size, side, side, in_dim, **like),
-            torch.randn(args.batch_size, side // 2, side // 2, 8, **like),
-            torch.randn(out_dim, in_dim, 2, 2, **like) / in_dim**0.5,
-            torch.randn(out_dim, **like),
-        )
-        leaves = [tensor.requires_grad_() for tensor in tensors]
-        gradient = torch.randn(args.batch_size, side // 2, side // 2, out_dim, **like)
-
-        def forward(merge: Callable, tensors: Sequence[Tensor] = tensors) -> None:
-            with torch.no_grad():
-                merge(*tensors)
-
-        def both(merge: Callable, leaves: list[Tensor] = leaves, gradient: Tensor = gradient) -> None:
-            torch.autograd.grad(merge(*leaves), leaves, gradient, allow_unused=True)
-
-        row = {"shape": f"{in_dim} x {side} x {side} -> {out_dim}"}
-        for label, run in (("forward", forward), ("forward_backward", both)):
-            calls = {name: (lambda run=run, merge=merge: run(merge)) for name, merge in merges.items()}
-            medians = interleaved_medians(calls, args.repeats, device)
-            row[label] = {name: 1000 * value for name, value in medians.items()}
-        rows.append(row)
-    total = {"shape": "sum"}
-    for label in ("forward", "forward_backward"):
-        total[label] = {name: sum(row[label][name] for row in rows) for name in merges}
-    rows.append(total)
-    return rows
+Goals on a GPU (bfloat16): lit_s at 1333 x 800 takes at most a quarter of the memory of lit_s:sdpa, and less time.
+"""
+DATA_HELP = """\
+A recipe's input pipeline on one core, from JPEG files to batches of uint8: milliseconds of processor time an
+image, by step. The files are parts of two sample photographs; those of 500 x 375 pixels take about 100 kB.
+"""
 
 
 def _dtm_table(rows: list[dict]) -> list[list[str]]:
-    table = [["shape", "pass", "ours ms", "torchvision ms", "linear ms", "torchvision / ours", "ours / linear"]]
+    names = list(rows[0]["forward"])
+    operators = [name for name in names if name not in ("ours", "linear")]
+    ratios = ["ours / linear", *(f"{name} / ours" for name in operators)]
+    table = [["shape", "pass", *(f"{name} ms" for name in names), *ratios]]
     for row in rows:
-        for label, title in (("forward", "forward"), ("forward_backward", "forward + backward")):
+        for label, title in PASSES.items():
             ms = row[label]
-            has_torchvision = "torchvision" in ms
-            table.append(
-                [
-                    row["shape"],
-                    title,
-                    f"{ms['ours']:.2f}",
-                    f"{ms['torchvision']:.2f}" if has_torchvision else "-",
-                    f"{ms['linear']:.2f}",
-                    f"{ms['torchvision'] / ms['ours']:.2f}" if has_torchvision else "-",
-                    f"{ms['ours'] / ms['linear']:.2f}",
-                ]
-            )
+            ratios = [ms["ours"] / ms["linear"], *(ms[name] / ms["ours"] for name in operators)]
+            cells = [*(f"{ms[name]:.3f}" for name in names), *(f"{ratio:.2f}" for ratio in ratios)]
+            table.append([row["shape"], title, *cells])
     return table
-
-
-def benchmark_models(args: argparse.Namespace) -> list[dict]:
-    """Measure images/s of models, in inference and in training steps (forward, backward, AdamW).
-
-    Returns:
-        A row a model: parameters, multiply-adds, images/s.
-    """
-    device, dtype = args.device, DTYPES[args.dtype]
-    amp = contextlib.nullcontext
-    if args.amp_dtype:
-        amp = lambda: torch.autocast(device.type, DTYPES[args.amp_dtype])  # noqa: E731
-    if PUBLISHED_LVT.stem in args.models:
-        runpy.run_path(str(PUBLISHED_LVT), run_name=PUBLISHED_LVT.stem)
-    models, rows = {}, []
-    for name in map(cli.model_name, args.models):
-        model = timm.create_model(name).to(device, dtype)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        rows.append({"model": name, "parameters": parameters, "macs": count_macs(model)})
-        models[name] = model
-    images = torch.randn(args.batch_size, 3, 224, 224, device=device, dtype=dtype)
-    target = torch.randint(1000, (args.batch_size,), device=device)
-
-    def infer(model: torch.nn.Module) -> None:
-        with torch.inference_mode(), amp():
-            model(images)
-
-    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        with amp():
-            loss = F.cross_entropy(model(images).float(), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for model in models.values():
-        model.eval()
-    calls = {name: (lambda model=model: infer(model)) for name, model in models.items()}
-    inference = interleaved_medians(calls, args.repeats, device)
-    calls = {}
-    for name, model in models.items():
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
-        calls[name] = lambda model=model, optimizer=optimizer: train(model, optimizer)
-    training = interleaved_medians(calls, args.repeats, device)
-    for row in rows:
-        row["inference_images_per_second"] = args.batch_size / inference[row["model"]]
-        row["training_images_per_second"] = args.batch_size / training[row["model"]]
-    return rows
 
 
 def _models_table(rows: list[dict]) -> list[list[str]]:
     table = [["model", "parameters M", "multiply-adds G", "inference images/s", "ratio", "training images/s", "ratio"]]
     for row in rows:
-        cells = [row["model"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}"]
+        cells = _size_cells(row)
         for key in ("inference_images_per_second", "training_images_per_second"):
             cells += [f"{row[key]:.1f}", f"{row[key] / rows[-1][key]:.2f}"]
         table.append(cells)
     return table
 
 
+def _size_cells(row: dict) -> list[str]:
+    return [row["model"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}"]
+
+
+def _table1_table(rows: list[dict]) -> list[list[str]]:
+    figures = {
+        "inference_images_per_second": ("inference images/s", 1, 1),
+        "training_images_per_second": ("training images/s", 1, 1),
+        "training_memory": ("training MiB", MIB, 0),
+        "test_memory": ("test MiB", MIB, 0),
+    }
+    head = [cell for title, _, _ in figures.values() for cell in (title, "ratio (published)")]
+    table = [["model", "parameters M", "multiply-adds G", *head]]
+    for row in rows:
+        cells = _size_cells(row)
+        for key, (_, unit, digits) in figures.items():
+            cells.append("-" if row[key] is None else f"{row[key] / unit:.{digits}f}")
+            measured, published = (row.get(ratios, {}).get(key) for ratios in ("ratios", "published_ratios"))
+            ratio = f"{measured:.2f}" if measured else "-"
+            cells.append(f"{ratio} ({published:.2f})" if published else ratio)
+        table.append(cells)
+    return table
+
+
+def _attention_table(rows: list[dict]) -> list[list[str]]:
+    paths = list(rows[0]["milliseconds"])
+    ratios = [f"{path} / ours" for path in paths[1:]]
+    head = [cell for unit in ("ms", "MiB") for cell in (*(f"{path} {unit}" for path in paths), *ratios)]
+    table = [["images", "attention", "pass", *head]]
+    for row in rows:
+        cells = [row["input"], row["tokens"], row["pass"]]
+        for values, unit, digits in ((row["milliseconds"], 1, 3), (row["memory"], MIB, 0)):
+            known = values["ours"] is not None
+            cells += [f"{values[path] / unit:.{digits}f}" if known else "-" for path in paths]
+            cells += [f"{values[path] / values['ours']:.2f}" if known else "-" for path in paths[1:]]
+        table.append(cells)
+    return table
+
+
+def _dense_table(rows: list[dict]) -> list[list[str]]:
+    table = [["images", "model", "ms", "speed, ratio", "MiB", "ratio"]]
+    last = {row["input"]: row for row in rows}
+    for row in rows:
+        reference, memory = last[row["input"]], row["memory"]
+        speed = f"{reference['milliseconds'] / row['milliseconds']:.2f}"
+        cells = ["-", "-"] if memory is None else [f"{memory / MIB:.0f}", f"{memory / reference['memory']:.2f}"]
+        table.append([row["input"], row["model"], f"{row['milliseconds']:.1f}", speed, *cells])
+    return table
+
+
+def _data_table(rows: list[dict]) -> list[list[str]]:
+    whole = {row["pipeline"]: row["milliseconds"] for row in rows if row["step"] == "all"}
+    table = [["pipeline", "step", "ms an image", "part", "images/s a core"]]
+    for row in rows:
+        ms = row["milliseconds"]
+        speed = f"{1000 / ms:.0f}" if row["step"] == "all" else ""
+        table.append([row["pipeline"], row["step"], f"{ms:.3f}", f"{ms / whole[row['pipeline']]:.0%}", speed])
+    return table
+
+
 def _environment(args: argparse.Namespace) -> str:
-    processor = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else _cpu_name()
-    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    amp = f", autocast {args.amp_dtype}" if getattr(args, "amp_dtype", None) else ""
-    return (
-        f"{processor}{threads}; torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"timm {timm.__version__}, Python {platform.python_version()}; "
-        f"batch {args.batch_size}, {args.dtype}{amp}, medians of {args.repeats}"
-    )
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    shown = {
+        "batch": "batch_size",
+        "dtype": "dtype",
+        "autocast": "amp_dtype",
+        "compiled": "compile",
+        "TF32": "tf32",
+        "model": "model",
+        "pixels": "image_size",
+        "files": "images",
+    }
+    settings = [f"{word} {getattr(args, name)}" for word, name in shown.items() if getattr(args, name, None)]
+    return f"{machine(args.device)}; {', '.join((*settings, f'medians of {args.repeats}'))}"
 
 
 def _print_markdown(table: list[list[str]]) -> None:
@@ -224,40 +188,120 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _input(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not IMAGESxHEIGHTxWIDTH, such as 2x800x1333")
+    return tuple(map(int, match.groups()))
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 500x375")
+    return tuple(map(int, match.groups()))
+
+
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, or cuda") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ON_A_GPU):
         raise argparse.ArgumentTypeError(f"there is no {text!r} here: try --device cpu")
     return device
 
 
-def _parser() -> cli.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    common.add_argument("-b", "--batch-size", type=_positive, default=8)
-    common.add_argument("--dtype", choices=DTYPES, default="float32", help="of tensors and weights")
-    common.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
-    common.add_argument("--repeats", type=_positive, default=15, help="rounds that the medians are taken of")
-    common.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+def _flags(repeats: int = 15) -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--repeats", type=_positive, default=repeats, metavar="N", help=f"rounds to time ({repeats})")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return flags
 
-    parser = cli.ArgumentParser(prog="benchmark.py", description=__doc__.splitlines()[0])
+
+def _parser() -> cli.ArgumentParser:
+    common = _flags()
+    common.add_argument("--device", type=_device, default="cuda" if ON_A_GPU else "cpu", help="cuda, cuda:1, cpu")
+    common.add_argument("--dtype", choices=DTYPES, default="float32", help="of tensors and weights (float32)")
+    common.add_argument("--tf32", action="store_true", help="a GPU's matrix products of float32 in TF32")
+    common.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (torch's choice)")
+    batch = argparse.ArgumentParser(add_help=False)
+    default = 64 if ON_A_GPU else 8
+    batch.add_argument("-b", "--batch-size", type=_positive, default=default, metavar="N", help=f"images ({default})")
+    amp = argparse.ArgumentParser(add_help=False)
+    amp.add_argument("--amp-dtype", choices=["bfloat16", "float16"], help="autocast to this type")
+    compile_ = argparse.ArgumentParser(add_help=False)
+    compile_.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="HOW",
+        help="torch.compile: a backend, or a mode of inductor such as reduce-overhead (inductor)",
+    )
+
+    parser = cli.ArgumentParser(
+        prog="benchmark.py", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     doors = parser.add_subparsers(dest="door", required=True, parser_class=cli.ArgumentParser)
-    dtm = doors.add_parser("dtm", parents=[common], help="deformable token merging beside torchvision and linear")
-    dtm.add_argument("--model", choices=timm.list_models("lit_*"), default="lit_s", help="whose three shapes")
-    dtm.set_defaults(measure=benchmark_dtm, table=_dtm_table)
-    models = doors.add_parser("models", parents=[common], help="images/s of models; ratios are to the last one")
+
+    def door(name: str, text: str, help_: str, measure, table, *parents) -> argparse.ArgumentParser:
+        flags = {"description": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        sub = doors.add_parser(name, help=help_, parents=parents, **flags)
+        sub.set_defaults(measure=measure, table=table)
+        return sub
+
+    table1 = door(
+        *("table1", TABLE1_HELP, "classifiers beside their peers"),
+        *(benchmarks.benchmark_table1, _table1_table, common, batch, amp, compile_),
+    )
+    table1.add_argument("models", nargs="*", default=TABLE1, metavar="MODEL", help=f"({' '.join(TABLE1)})")
+    models = door(
+        *("models", "Figures of any of timm's models; ratios are to the last one.", "the same of any models"),
+        *(benchmarks.benchmark_models, _models_table, common, batch, amp, compile_),
+    )
     models.add_argument(
         "models",
         nargs="*",
         default=["lit_s", PEER],
         metavar="MODEL",
-        help=f"published_lvt is LVT's published arithmetic, operation by operation (default: lit_s {PEER})",
+        help=f"published_lvt is LVT's published arithmetic, operation by operation (lit_s {PEER})",
     )
-    models.add_argument("--amp-dtype", choices=["bfloat16", "float16"], help="autocast to this type")
-    models.set_defaults(measure=benchmark_models, table=_models_table)
+    dtm = door(
+        *("dtm", DTM_HELP, "deformable token merging beside other operators"),
+        *(benchmarks.benchmark_dtm, _dtm_table, common, batch),
+    )
+    dtm.add_argument("--model", choices=timm.list_models("lit_*"), default="lit_s", help="whose shapes (lit_s)")
+    attention = door(
+        *("attention", ATTENTION_HELP, "attention beside a bias that is written out"),
+        *(benchmarks.benchmark_attention, _attention_table, common),
+    )
+    attention.add_argument("--model", choices=["lit_s", "lit_m", "lit_b"], default="lit_s", help="whose stages (lit_s)")
+    dense = door(
+        *("dense", DENSE_HELP, "backbones at the sizes of detection and segmentation"),
+        *(benchmarks.benchmark_dense, _dense_table, common, amp),
+    )
+    dense.add_argument("models", nargs="*", default=DENSE, metavar="MODEL", help=f"({' '.join(DENSE)})")
+    for sub, on_a_gpu, on_a_cpu in (
+        (attention, "64x224x224 2x800x1333", "8x224x224 1x320x512"),
+        (dense, "2x800x1333 2x512x512", "1x320x512"),
+    ):
+        inputs = (on_a_gpu if ON_A_GPU else on_a_cpu).split()
+        sub.add_argument(
+            *("--inputs", "-i"),
+            nargs="+",
+            type=_input,
+            default=list(map(_input, inputs)),
+            metavar="BxHxW",
+            help=f"images x height x width ({' '.join(inputs)})",
+        )
+    data = door(
+        *("data", DATA_HELP, "images/s of the input pipeline, and where its time goes"),
+        *(benchmark_data, _data_table, _flags(5)),
+    )
+    data.set_defaults(device=torch.device("cpu"), threads=None, tf32=False)
+    data.add_argument("--model", default="lit_s", metavar="NAME", help="whose recipe (lit_s)")
+    data.add_argument("--image-size", type=_size, default=(500, 375), metavar="WxH", help="of the files (500x375)")
+    data.add_argument("--images", type=_positive, default=128, metavar="N", help="files (128)")
     return parser
 
 
@@ -268,7 +312,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--json: no folder {args.json.parent}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = args.measure(args)
+    torch.backends.cudnn.benchmark = True  # the fastest convolutions of every model
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        rows = args.measure(args)
+    except torch.cuda.OutOfMemoryError:
+        raise InputError("the GPU's memory is too small: choose smaller inputs, or fewer models") from None
     environment = _environment(args)
     print(environment, end="\n\n")
     _print_markdown(args.table(rows))

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.worker import WorkerInfo
 
 from litvit.errors import InputError
-from litvit.training.samples import EpochBatches, Labels, Sample
+from litvit.training.samples import DraftedCrop, EpochBatches, Labels, Sample
 from litvit.training.stop import STOP_SIGNALS
 from litvit.training.token_labels import LabelledTransform, TokenLabels, soft_targets
 
@@ -186,6 +186,8 @@ def train_loader(
         raise InputError(
             f"--aa {settings.aa}, --train-interpolation {settings.train_interpolation} cannot augment images: {error!r}"
         ) from None
+    steps = (transform if token_labels is None else transform[0]).transforms
+    steps[0] = DraftedCrop(input_size[-2:], settings.scale, settings.ratio, settings.train_interpolation)
     dataset.transform = transform if token_labels is None else LabelledTransform(*transform)
     dataset.read_labels = None if token_labels is None else token_labels.read_or_blank
     if settings.reprob > 0:

@@ -5,6 +5,8 @@ import tarfile
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from litvit.errors import InputError
 from litvit.training.data import open_train_and_val
@@ -64,6 +66,19 @@ def test_a_broken_image_is_replaced_by_one_that_the_seed_fixes(digits_copy):
         assert second.unreadable == third.unreadable
         different += (first.images != second.images).flatten(1).any(1).sum().item()
     assert different == 1
+
+
+def test_a_large_photo_that_ends_early_is_replaced_too(digits_copy):
+    picture = digits_copy / "train" / "3" / "00000.png"
+    file = io.BytesIO()
+    Image.fromarray(load_sample_image("china.jpg")).save(file, "JPEG")
+    picture.unlink()
+    broken = picture.with_suffix(".jpg")
+    broken.write_bytes(file.getvalue()[:20000])
+    batches = batches_of(digits_copy, "-b", 20)
+    assert [path for batch in batches for path in batch.unreadable] == [str(broken)]
+    broken.write_bytes(file.getvalue())
+    assert not any(batch.unreadable for batch in batches_of(digits_copy, "-b", 20))
 
 
 def test_webdataset_shards_are_a_reader_of_timm(digits, tmp_path):

@@ -1,13 +1,17 @@
 """Order of samples and random numbers."""
 
+import random
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from litvit.errors import InputError
-from litvit.training.samples import EpochBatches, Stream, random_stream
+from litvit.training.samples import DraftedCrop, EpochBatches, Stream, random_stream
 
 
 def updates(num_images, batch_size, world_size, accum_steps=1, epoch=0, **kwargs):
@@ -64,3 +68,51 @@ def test_random_stream_leaves_the_generators_as_they_were():
         torch.rand(3)
         np.random.rand(3)
     assert (torch.rand(1), np.random.rand()) == expected
+
+
+def seeded(seed, function, *args):
+    random.seed(seed)
+    return function(*args)
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_a_large_photo_is_decoded_smaller_for_the_same_crop(tmp_path, name):
+    file = tmp_path / name
+    Image.fromarray(load_sample_image(name)[:424]).save(file, quality=92)
+    whole, size = Image.open(file).convert("RGB"), (48, 48)
+    timms = RandomResizedCropAndInterpolation(size, interpolation="bicubic")
+    ours = DraftedCrop(size, interpolation="bicubic")
+    reductions, changed, bilinear = Counter(), 0.0, 0.0
+    for seed in range(40):
+        image = Image.open(file)
+        top, left, height, width = seeded(seed, ours.get_params, image, ours.scale, ours.ratio)
+        expected = seeded(seed, timms.get_params, whole, timms.scale, timms.ratio)
+        reduction = whole.width // image.width
+        reductions[reduction] += 1
+        if reduction == 1:
+            assert np.array_equal(seeded(seed, ours, Image.open(file)), seeded(seed, timms, whole))
+            continue
+        assert min(expected[2:]) / reduction >= 2 * 48
+        assert np.abs(np.multiply((top, left, height, width), reduction) - expected).max() <= reduction
+        box = left, top, left + width, top + height
+        crop = image.resize(size, Image.Resampling.BICUBIC, box)
+        box = [reduction * edge for edge in box]
+        expected = np.asarray(whole.resize(size, Image.Resampling.BICUBIC, box), float)
+        changed += np.abs(crop - expected).mean()
+        bilinear += np.abs(whole.resize(size, Image.Resampling.BILINEAR, box) - expected).mean()
+    assert reductions.keys() == {1, 2, 4}
+    assert changed < 0.8 * bilinear
+
+
+@pytest.mark.parametrize("size", [(2001, 1337), (1000, 4003), (64, 64), (517, 3001)])
+def test_a_drafted_crop_lies_in_the_picture(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "picture.jpg")
+    crop = DraftedCrop(64)
+    for seed in range(50):
+        random.seed(seed)
+        file = Image.open(tmp_path / "picture.jpg")
+        top, left, height, width = crop.get_params(file, crop.scale, crop.ratio)
+        assert min(top, left) >= 0
+        assert min(height, width) > 0
+        assert top + height <= file.height
+        assert left + width <= file.width

@@ -1,0 +1,414 @@
+"""What benchmark.py compares on a CPU or a GPU: merging, attention, classifiers and dense backbones.
+
+Every function takes the door's flags and returns rows of figures: milliseconds, images/s, bytes. Memory is measured on
+a GPU, of one thing at a time, and is None elsewhere.
+"""
+
+import argparse
+import contextlib
+import os
+import runpy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from timm.layers import DropPath
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+
+from litvit import cli
+from litvit.analysis.macs import count_macs
+from litvit.analysis.measuring import interleaved_medians, peak_memory
+from litvit.attention import relative_attention
+from litvit.dtm import deform_conv_tokens
+from litvit.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+PUBLISHED_LVT = Path(__file__).parents[3] / "tests/classification/litvit/models/published_lvt.py"
+
+# LIT, Table 1: images/s, training and test memory in MB; an RTX 3090, batch 64. The paper's PVT-S is not in timm:
+# PVTv2-B2 stands for it, of as many parameters and multiply-adds.
+PUBLISHED = {
+    "lit_ti": (1294, 5868, 1194),
+    "lit_s": (1298, 5973, 1264),
+    "lit_m": (638, 12248, 1473),
+    "lit_b": (444, 16766, 2150),
+    "resnet50": (1279, 8051, 2908),
+    "deit_small_patch16_224": (1551, 4550, 713),
+    "deit_base_patch16_224": (582, 10083, 1939),
+    "pvt_v2_b2": (1007, 6996, 1356),
+    "swin_tiny_patch4_window7_224": (961, 6211, 1493),
+    "swin_small_patch4_window7_224": (582, 9957, 1697),
+    "swin_base_patch4_window7_224": (386, 13705, 2453),
+}
+COUNTERPARTS = {
+    "lit_ti": "pvt_v2_b2",
+    "lit_s": "swin_tiny_patch4_window7_224",
+    "lit_m": "swin_small_patch4_window7_224",
+    "lit_b": "swin_base_patch4_window7_224",
+}
+MEASURED = ("inference_images_per_second", "training_memory", "test_memory")  # in PUBLISHED's order
+
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
+
+
+def _linear_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    B, H, W, C = x.shape
+    patches = x.view(B, H // 2, 2, W // 2, 2, C).transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C)
+    return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+
+def _torchvision_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    maps = x.permute(0, 3, 1, 2), offset.permute(0, 3, 1, 2)
+    return torchvision.ops.deform_conv2d(*maps, weight, bias, stride=2).permute(0, 2, 3, 1)
+
+
+def _mmcv_merge(op: Callable, x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    maps = x.permute(0, 3, 1, 2).contiguous(), offset.permute(0, 3, 1, 2).contiguous()
+    return op(*maps, weight, 2).permute(0, 2, 3, 1) + bias
+
+
+def _merges(device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
+    merges = {"ours": deform_conv_tokens, "linear": _linear_merge}
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return merges
+    merges["torchvision"] = _torchvision_merge
+    with contextlib.suppress(ImportError):
+        from mmcv.ops import deform_conv2d, get_compiling_cuda_version
+
+        if device.type == "cpu" or get_compiling_cuda_version() != "not available":
+            merges["mmcv"] = partial(_mmcv_merge, deform_conv2d)
+    return merges
+
+
+def benchmark_dtm(args: argparse.Namespace) -> list[dict]:
+    """Time the three merges of a model beside torchvision's op, mmcv's where it is installed, and a linear merge.
+
+    In bfloat16, which they lack, the ops of others get float16 on a GPU, and are left out on a CPU.
+
+    Args:
+        args: model, batch_size, device, dtype, repeats.
+
+    Returns:
+        A row a shape, and one for their sum: milliseconds by pass and merge.
+    """
+    device, dtype = args.device, DTYPES[args.dtype]
+    merges = _merges(device, dtype)
+    rows = []
+    for i, stage in enumerate(_stages(args.model)[1:]):
+        out_dim, in_dim = stage.downsample.conv.weight.shape[:2]
+        side = 224 // (4 * 2**i)
+        like = {"device": device, "dtype": dtype}
+        tensors = (
+            torch.randn(args.batch_size, side, side, in_dim, **like),
+            torch.randn(args.batch_size, side // 2, side // 2, 8, **like),
+            torch.randn(out_dim, in_dim, 2, 2, **like) / in_dim**0.5,
+            torch.randn(out_dim, **like),
+        )
+        gradient = torch.randn(args.batch_size, side // 2, side // 2, out_dim, **like)
+        own = [tensor.requires_grad_() for tensor in tensors], gradient
+        others = own
+        if dtype == torch.bfloat16:
+            others = [tensor.detach().half().requires_grad_() for tensor in tensors], gradient.half()
+        inputs = {name: others if name in ("torchvision", "mmcv") else own for name in merges}
+
+        def forward(name: str, inputs: dict = inputs) -> None:
+            with torch.no_grad():
+                merges[name](*inputs[name][0])
+
+        def both(name: str, inputs: dict = inputs) -> None:
+            leaves, gradient = inputs[name]
+            torch.autograd.grad(merges[name](*leaves), leaves, gradient, allow_unused=True)
+
+        row = {"shape": f"{in_dim} x {side} x {side} -> {out_dim}"}
+        for label, run in (("forward", forward), ("forward_backward", both)):
+            medians = interleaved_medians({name: partial(run, name) for name in merges}, args.repeats, device)
+            row[label] = {name: 1000 * value for name, value in medians.items()}
+        rows.append(row)
+    total = {"shape": "sum"}
+    for label in PASSES:
+        total[label] = {name: sum(row[label][name] for row in rows) for name in merges}
+    return [*rows, total]
+
+
+def _stages(name: str) -> nn.ModuleList:
+    with torch.device("meta"):
+        return timm.create_model(name).stages
+
+
+def benchmark_attention(args: argparse.Namespace) -> list[dict]:
+    """Measure attention with a relative position bias, by the path that is chosen and by those that write the bias out.
+
+    Args:
+        args: model, inputs, device, dtype, repeats.
+
+    Returns:
+        A row an input, stage and pass: milliseconds and peak bytes by path, queries, keys and values included.
+    """
+    rows = []
+    for batch, height, width in args.inputs:
+        for i, stage in enumerate(_stages(args.model)):
+            attention = stage.blocks[0].attn
+            if attention is None:
+                continue
+            stride = 4 * 2**i
+            grid = _padded(height) // stride, _padded(width) // stride
+            shape = f"stage {i + 1}, {attention.num_heads} heads, {grid[0]} x {grid[1]}"
+            for label, calls in _attention_calls(attention, batch, grid, args).items():
+                memory = {path: peak_memory(call, args.device) for path, call in calls.items()}
+                medians = interleaved_medians(calls, args.repeats, args.device)
+                rows.append(
+                    {
+                        "input": f"{batch} x {height} x {width}",
+                        "tokens": shape,
+                        "pass": PASSES[label],
+                        "milliseconds": {path: 1000 * value for path, value in medians.items()},
+                        "memory": memory,
+                    }
+                )
+    return rows
+
+
+def _attention_calls(
+    attention: nn.Module, batch: int, grid: tuple[int, int], args: argparse.Namespace
+) -> dict[str, dict[str, Callable[[], None]]]:
+    """By pass and path."""
+    (h, w), heads = grid, attention.num_heads
+    dim = attention.proj.in_features // heads
+    like = {"device": args.device, "dtype": DTYPES[args.dtype]}
+    qkv = torch.randn(batch, h * w, 3, heads, dim, **like, requires_grad=True)
+    table = torch.randn(heads, 2 * h - 1, 2 * w - 1, device=args.device, requires_grad=True)
+    gradient = torch.randn(batch, heads, h * w, dim, **like)
+
+    def attend(path: str | None) -> Tensor:
+        return relative_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), table, grid, path)
+
+    def forward(path: str | None) -> None:
+        with torch.no_grad():
+            attend(path)
+
+    def both(path: str | None) -> None:
+        torch.autograd.grad(attend(path), (qkv, table), gradient)
+
+    paths = {"ours": None, "sdpa": "sdpa", "plain": "plain"}
+    return {
+        label: {name: partial(run, path) for name, path in paths.items()}
+        for label, run in zip(PASSES, (forward, both), strict=True)
+    }
+
+
+def _padded(side: int) -> int:
+    """Detectors pad images to a multiple of 32."""
+    return (side + 31) // 32 * 32
+
+
+class Classifier:
+    """A model of timm's registry as it is measured: without stochastic depth, a convolutional network channels-last.
+
+    Args:
+        name: of the model.
+        args: batch_size, device, dtype, amp_dtype, compile.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.device = args.device
+        model = _without_stochastic_depth(timm.create_model(name))
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.macs = count_macs(model)
+        layout = torch.channels_last if is_convolutional(model) else torch.contiguous_format
+        self.model = model.to(dtype=DTYPES[args.dtype], memory_format=layout)
+        self.run = compiled(self.model, args.compile)
+        self.autocast = _autocast(args)
+        images = torch.randn(args.batch_size, 3, 224, 224, dtype=DTYPES[args.dtype])
+        self.images = images.to(memory_format=layout)
+        self.target = torch.randint(1000, (args.batch_size,))
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def start_inference(self) -> None:
+        """Move to the device, in eval mode."""
+        self._move(self.device)
+        self.model.eval()
+
+    def start_training(self) -> None:
+        """Change to training mode, with a fresh optimizer."""
+        self.optimizer = torch.optim.AdamW(self.model.train().parameters(), lr=1e-4)
+
+    def leave(self) -> None:
+        """Leave the device to others."""
+        self.optimizer = None
+        self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.images, self.target = self.images.to(device), self.target.to(device)
+
+    def infer(self) -> None:
+        """Classify the images."""
+        with torch.inference_mode(), self.autocast():
+            self.run(self.images)
+
+    def train(self) -> None:
+        """Train a step: forward, backward, AdamW."""
+        with self.autocast():
+            loss = F.cross_entropy(self.run(self.images).float(), self.target)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _without_stochastic_depth(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most of a model's parameters belong to convolutions: it is then fastest channels-last."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)) > total
+
+
+def compiled(model: nn.Module, how: str | None) -> nn.Module:
+    """Compile a model with the backend or the mode of inductor that `how` names; None: leave it as it is."""
+    if how is None:
+        return model
+    is_mode = how in torch._inductor.list_mode_options()
+    if not is_mode and how not in torch.compiler.list_backends(exclude_tags=()):
+        raise InputError(f"--compile {how}: torch has no such backend, and inductor no such mode")
+    # The variants of a model share code, each of them compiled for inference and for training.
+    torch._dynamo.config.cache_size_limit = 64
+    return torch.compile(model, dynamic=False, **{"mode" if is_mode else "backend": how})
+
+
+def _autocast(args: argparse.Namespace) -> Callable[[], AbstractContextManager]:
+    if not args.amp_dtype:
+        return contextlib.nullcontext
+    return partial(torch.autocast, args.device.type, DTYPES[args.amp_dtype])
+
+
+def benchmark_models(args: argparse.Namespace) -> list[dict]:
+    """Measure classifiers at 224 x 224, in inference and in training steps (forward, backward, AdamW).
+
+    Args:
+        args: models, batch_size, device, dtype, amp_dtype, compile, repeats.
+
+    Returns:
+        A row a model: parameters, multiply-adds, images/s, bytes, with weights, gradients and optimizer.
+    """
+    device = args.device
+    if PUBLISHED_LVT.stem in args.models:
+        runpy.run_path(str(PUBLISHED_LVT), run_name=PUBLISHED_LVT.stem)
+    models = {name: Classifier(name, args) for name in map(cli.model_name, args.models)}
+    rows = {name: {"model": name, "parameters": model.parameters, "macs": model.macs} for name, model in models.items()}
+    for name, model in models.items():
+        model.start_inference()
+        rows[name]["test_memory"] = peak_memory(model.infer, device)
+        model.start_training()
+        rows[name]["training_memory"] = peak_memory(model.train, device)
+        model.leave()
+    for model in models.values():
+        model.start_inference()
+    inference = interleaved_medians({name: model.infer for name, model in models.items()}, args.repeats, device)
+    for model in models.values():
+        model.start_training()
+    training = interleaved_medians({name: model.train for name, model in models.items()}, args.repeats, device)
+    for name, row in rows.items():
+        row["inference_images_per_second"] = args.batch_size / inference[name]
+        row["training_images_per_second"] = args.batch_size / training[name]
+    return list(rows.values())
+
+
+def benchmark_table1(args: argparse.Namespace) -> list[dict]:
+    """Measure the models of LIT's Table 1, and LVT: `benchmark_models`, and ratios beside the published ones.
+
+    Returns:
+        Its rows, with `ratios` and `published_ratios` to the counterpart where that is measured too.
+    """
+    rows = benchmark_models(args)
+    by_name = {row["model"]: row for row in rows}
+    for name, row in by_name.items():
+        peer = COUNTERPARTS.get(name)
+        if peer not in by_name:
+            continue
+        keys = (*MEASURED, "training_images_per_second")
+        row["counterpart"] = peer
+        row["ratios"] = {key: row[key] / by_name[peer][key] for key in keys if row[key] is not None}
+        pairs = zip(MEASURED, PUBLISHED[name], PUBLISHED[peer], strict=True)
+        row["published_ratios"] = {key: ours / theirs for key, ours, theirs in pairs}
+    return rows
+
+
+def benchmark_dense(args: argparse.Namespace) -> list[dict]:
+    """Measure backbones with the maps of all stages, forward + backward in training mode.
+
+    Args:
+        args: models (`NAME:PATH` forces a path of attention), inputs, device, dtype, amp_dtype, repeats.
+
+    Returns:
+        A row an input and model: milliseconds, and bytes with weights and gradients.
+    """
+    device, rows = args.device, []
+    for batch, *size in args.inputs:
+        size = tuple(map(_padded, size))
+        images = torch.randn(batch, 3, *size, device=device, dtype=DTYPES[args.dtype])
+        backbones = {spec: _backbone(spec, size, args) for spec in args.models}
+        calls = {
+            spec: partial(_forward_backward, model, spec.partition(":")[2], images, _autocast(args))
+            for spec, model in backbones.items()
+        }
+        memory = {}
+        for spec, model in backbones.items():
+            model.to(device)
+            memory[spec] = peak_memory(calls[spec], device)
+            model.to("cpu")
+        for model in backbones.values():
+            model.to(device)
+        medians = interleaved_medians(calls, args.repeats, device)
+        rows += [
+            {
+                "input": " x ".join(map(str, (batch, *size))),
+                "model": spec,
+                "milliseconds": 1000 * medians[spec],
+                "memory": memory[spec],
+            }
+            for spec in backbones
+        ]
+    return rows
+
+
+def _backbone(spec: str, size: tuple[int, int], args: argparse.Namespace) -> nn.Module:
+    name = cli.model_name(spec.partition(":")[0])
+    ours = model_entrypoint(name).__module__.startswith("litvit")
+    fixed = not ours and timm.get_pretrained_cfg(name).fixed_input_size
+    try:
+        model = timm.create_model(name, features_only=True, **({"img_size": size} if fixed else {}))
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise InputError(f"{name} is no backbone for images of {size[0]} x {size[1]}: {error}") from None
+    layout = torch.channels_last if is_convolutional(model) else torch.contiguous_format
+    return _without_stochastic_depth(model).to(dtype=DTYPES[args.dtype], memory_format=layout).train()
+
+
+def _forward_backward(
+    model: nn.Module, path: str, images: Tensor, autocast: Callable[[], AbstractContextManager]
+) -> None:
+    with _attention_path(path), autocast():
+        maps = model(images)
+    sum(features.float().mean() for features in maps).backward()
+    model.zero_grad()
+
+
+@contextlib.contextmanager
+def _attention_path(path: str) -> Iterator[None]:
+    before = os.environ.pop("LIT_ATTENTION", None)
+    os.environ.update({"LIT_ATTENTION": path} if path else {})
+    try:
+        yield
+    finally:
+        os.environ.pop("LIT_ATTENTION", None)
+        os.environ.update({"LIT_ATTENTION": before} if before else {})

@@ -1,0 +1,121 @@
+"""How many images a second one core reads and augments, and where its time goes."""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
+from torchvision.transforms import functional as TF
+
+from litvit.training.data import open_train_and_val
+from litvit.training.loaders import eval_loader, train_loader
+from litvit.training.model import build_model, data_settings
+from litvit.training.recipe import parse_settings
+from litvit.training.samples import DraftedCrop, Draw, Images, Stream, random_stream
+
+
+def write_photos(folder: Path, number: int, size: tuple[int, int], seed: int = 0) -> None:
+    """Write JPEG files with the detail and the noise of photographs; 500 x 375 pixels take about 100 kB, as ImageNet's.
+
+    They are random parts of scikit-learn's two sample photographs.
+
+    Args:
+        folder: where they go.
+        number: of files.
+        size: width and height in pixels.
+        seed: which parts.
+    """
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    rng = np.random.default_rng(seed)
+    for i in range(number):
+        photo = photos[i % len(photos)]
+        scale = min(photo.width / size[0], photo.height / size[1], 1.0)
+        part = round(size[0] * scale), round(size[1] * scale)
+        left, top = (int(rng.integers(whole - side + 1)) for whole, side in zip(photo.size, part, strict=True))
+        image = photo.crop((left, top, left + part[0], top + part[1])).resize(size, Image.Resampling.BICUBIC)
+        noisy = np.asarray(image) + rng.normal(0, 6, (size[1], size[0], 1))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i:05d}.jpg", quality=94)
+
+
+def benchmark_data(args: argparse.Namespace) -> list[dict]:
+    """Measure a recipe's input pipeline on one core: JPEG files to batches of uint8, which the device normalises.
+
+    Args:
+        args: model (whose recipe), image_size, images, repeats.
+
+    Returns:
+        A row a pipeline (training, evaluation) and step: milliseconds of processor time an image, medians of `repeats`
+        rounds. "all" is the loader as it is used, "rest" what the steps leave of it.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        for split in ("train", "val"):
+            folder = Path(root, split, "photos")
+            folder.mkdir(parents=True)
+            write_photos(folder, args.images, args.image_size)
+        flags = ["--model", args.model, "--no-token-label", "-j", "0", "-b", str(args.images)]
+        settings = parse_settings([root, *flags])
+        train, val, num_classes = open_train_and_val(settings)
+        with torch.device("meta"):
+            config = data_settings(settings, build_model(settings, num_classes))
+        loaders = {
+            "training": train_loader(train, settings, config, torch.device("cpu")),
+            "evaluation": eval_loader(val, settings, config, torch.device("cpu")),
+        }
+        return [
+            {"pipeline": name, "step": step, "milliseconds": 1000 * seconds}
+            for name, loader in loaders.items()
+            for step, seconds in _seconds_an_image(loader.loader, args.repeats).items()
+        ]
+
+
+def _seconds_an_image(loader: DataLoader, repeats: int) -> dict[str, float]:
+    rounds = []
+    for _ in range(repeats + 1):
+        seconds = Counter()
+        for key in next(iter(loader.batch_sampler)):
+            _read(loader.dataset, key, seconds)
+        steps = seconds.total()
+        _timed(seconds, "all", list, loader)
+        seconds["rest"] = seconds["all"] - steps
+        rounds.append(seconds)
+    names = [*(name for name in rounds[0] if name not in ("all", "rest")), "rest", "all"]
+    return {name: statistics.median(round_[name] for round_ in rounds[1:]) / len(loader.dataset) for name in names}
+
+
+def _timed(seconds: Counter, name: str, step: Callable, *args: object) -> Any:
+    start = time.thread_time()  # of this thread alone: other work on the machine does not count
+    result = step(*args)
+    seconds[name] += time.thread_time() - start
+    return result
+
+
+def _read(images: Images, key: int | Draw, seconds: Counter) -> None:
+    """Read and transform an image as `Images` does, with the same random numbers."""
+    if isinstance(key, Draw):
+        with random_stream(Stream.SAMPLE, images.seed, key.epoch, key.place):
+            return _read(images, key.index, seconds)
+    image = _timed(seconds, "open", Image.open, images.dataset.reader[key][0])
+    first, *steps = images.transform.transforms
+    if isinstance(first, DraftedCrop):
+        box = first.get_params(image, first.scale, first.ratio)
+        _timed(seconds, "decode", image.load)
+        modes = first.interpolation
+        mode = random.choice(modes) if isinstance(modes, tuple) else modes
+        image = _timed(seconds, "crop, resize", TF.resized_crop, image, *box, first.size, mode)
+    else:
+        _timed(seconds, "decode", image.load)
+        image = _timed(seconds, type(first).__name__, first, image)
+    for step in steps:
+        image = _timed(seconds, type(step).__name__, step, image)
+    return None

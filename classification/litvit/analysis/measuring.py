@@ -1,0 +1,94 @@
+"""Time and memory of what is compared, in one process, and the words that say where."""
+
+import contextlib
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+
+Call = Callable[[], object]
+GPU_SECONDS = 0.02  # short calls are repeated back to back for as long: a GPU's time, not that of launching kernels
+
+
+def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, float]:
+    """Time calls in turn, `repeats` rounds after a warm-up, so that a busy machine slows all alike.
+
+    Args:
+        calls: by name.
+        repeats: rounds.
+        device: where the calls run.
+
+    Returns:
+        Median seconds a call.
+    """
+    times = {}
+    for name, call in calls.items():
+        _seconds(call, 1, device)
+        times[name] = 1
+        if device.type == "cuda":
+            times[name] = min(200, math.ceil(GPU_SECONDS / max(_seconds(call, 1, device), 1e-6)))
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call, times[name], device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _seconds(call: Call, times: int, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - start) / times
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1000 / times
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
+    """Measure the most bytes that tensors take up on a GPU while `call` runs, those that were there before included.
+
+    Args:
+        call: run twice: what it leaves behind the first time (an optimizer's state) belongs to it.
+        device: where it runs.
+
+    Returns:
+        Bytes; None for other devices, whose allocators do not count.
+    """
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device)
+
+
+def machine(device: torch.device) -> str:
+    """Name the processor and the versions that figures belong to."""
+    if device.type == "cuda":
+        processor = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return (
+        f"{processor}; torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,34 @@
+"""Times and memory."""
+
+import time
+
+import pytest
+import torch
+
+from litvit.analysis.measuring import interleaved_medians, peak_memory
+
+
+def test_medians_are_of_calls_in_turn():
+    order = []
+    seconds = iter([0.0, 0.0, 0.0, 0.02, 0.0, 0.0, 0.0, 0.01])  # the warm-up, then one slow call of a
+
+    def a():
+        order.append("a")
+        time.sleep(next(seconds))
+
+    medians = interleaved_medians({"a": a, "b": lambda: order.append("b")}, 3, torch.device("cpu"))
+    assert "".join(order) == "ab" * 4
+    assert medians["a"] < 0.01
+
+
+def test_memory_of_a_cpu_is_not_counted():
+    assert peak_memory(lambda: torch.zeros(10), torch.device("cpu")) is None
+
+
+@pytest.mark.gpu
+def test_peak_memory_counts_what_was_there_and_what_came():
+    device = torch.device("cuda")
+    before = torch.cuda.memory_allocated(device)
+    there = torch.zeros(2**20, device=device)
+    peak = peak_memory(lambda: torch.zeros(2**20, device=device) + there, device)
+    assert peak - before == 3 * 4 * 2**20
