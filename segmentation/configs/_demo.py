@@ -79,5 +79,5 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100, max_keep_ckpts=2))
 randomness = dict(seed=0)

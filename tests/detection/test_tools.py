@@ -115,18 +115,23 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
     predict = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(predict)
     image = config.parent / "coco" / "val2017" / "000000000001.jpg"
+    broken, empty = tmp_path / "broken.jpg", tmp_path / "empty.jpg"
+    broken.write_bytes(b"no picture")
+    empty.touch()
     (tmp_path / "wrong.py").write_text(f"_base_ = '{config}'\nmodel = dict(neck=dict(type='FPM'))")
     flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "out"]
     for arguments, message in [
         ([tmp_path / "none.jpg", *flags], f"no picture at {tmp_path / 'none.jpg'}"),
         ([image, *flags, "--device", "abacus"], "--device abacus: "),
         ([image, *flags, "--config", tmp_path / "wrong.py"], "the config does not fit: "),
+        ([broken, *flags], f"{broken} is no picture that can be read"),
+        ([empty, *flags], f"{empty} is no picture that can be read"),
         ([image, *flags, "--out", image.parent], f"the drawing of {image} would overwrite it"),
     ]:
         done = run_main(predict, *arguments)
         assert done.status == 2
         assert done.err.splitlines()[-1].startswith(f"error: {message}")
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
         (
             "train",
             ["{config}", "--cfg-options", "train_dataloader.dataset.ann_file={list_of_nothing}"],
-            "cannot read the data set",
+            "list.json: AssertionError: annotation",
         ),
         (
             "test",

@@ -3,24 +3,29 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine import runner as mmengine_runner
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.dist import is_distributed
+from mmengine.dist import is_distributed, is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import CheckpointLoader
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from litvit.checkpoints import recognise
+from litvit.checkpoints import recognise, to_own_names
 from litvit.errors import InputError
+from litvit.openmmlab import Backbone, local_rank
 
 _CLASSES = "set the datasets' metainfo=dict(classes=...) and the heads' num_classes to those of the annotations"
 
@@ -63,6 +68,12 @@ def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
         if name.startswith(prefix) and not name.endswith("num_batches_tracked")
     ]
     if problems:
+        bare = to_own_names(entries.get("model", entries))
+        if bare.keys() & model.backbone.state_dict().keys():
+            raise InputError(
+                f"{filename} holds a backbone alone, as ImageNet weights do: name it by --cfg-options "
+                "model.backbone.init_cfg.checkpoint=FILE to begin a training with it"
+            )
         start = "backbone."
         backbone = {name.removeprefix(start): value for name, value in entries.items() if name.startswith(start)}
         held = f"its backbone is {arch}" if (arch := recognise(backbone)) else "it is of another model"
@@ -74,8 +85,9 @@ def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
     return checkpoint
 
 
-def _last_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" if str(error).strip() else repr(error)
+def one_line(error: Exception) -> str:
+    """Return an exception's type and message in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -89,6 +101,7 @@ class _Runner(mmengine_runner.Runner):
 
     dataloaders = ()
     needed = ""  # entries of a checkpoint that must fit
+    running = False  # all is built and loaded: what is raised now is no matter of the config
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> "_Runner":
@@ -116,6 +129,21 @@ class _Runner(mmengine_runner.Runner):
             model_wrapper_cfg = {**(model_wrapper_cfg or plain), "device_ids": None}
         return super().wrap_model(model_wrapper_cfg, model)
 
+    def build_model(self, model: Any) -> nn.Module:
+        built = super().build_model(model)
+        backbone, neck = (getattr(_bare(built), name, None) for name in ("backbone", "neck"))
+        wanted = getattr(neck, "in_channels", None)
+        if isinstance(backbone, Backbone) and isinstance(wanted, list) and len(backbone.out_indices) != len(wanted):
+            raise InputError(
+                f"the backbone gives {len(backbone.out_indices)} levels, the neck takes {len(wanted)}: set "
+                "model.backbone.out_indices and model.neck.in_channels to the same levels"
+            )
+        return built
+
+    def load_or_resume(self) -> None:
+        super().load_or_resume()
+        type(self).running = True
+
     def build_dataloader(self, dataloader: Any, *args, **kwargs) -> DataLoader:
         try:
             built = mmengine_runner.Runner.build_dataloader(dataloader, *args, **kwargs)
@@ -132,22 +160,34 @@ class _Runner(mmengine_runner.Runner):
             raise InputError(f"no picture has an object of the config's classes: {_CLASSES}") from error
         except (KeyError, TypeError, AttributeError, AssertionError) as error:
             file = dataloader.get("dataset", {}).get("ann_file", "") if isinstance(dataloader, dict) else ""
-            raise InputError(f"cannot read the data set {file}: {_last_line(error)}") from error
+            problem = f"cannot read the data set {file}" if file else "the dataloader does not fit"
+            raise InputError(f"{problem}: {one_line(error)}") from error
         for dataset in _parts(built.dataset):
             _check_classes(dataset, _bare(self.model))
             if hasattr(dataset, "reduce_zero_label"):
                 check_annotations(dataset, _bare(self.model).num_classes)
+            if hasattr(dataset, "pipeline"):
+                check_files(dataset.pipeline)
         return built
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        try:
+            return super().build_optim_wrapper(optim_wrapper)
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            held = optim_wrapper.get("optimizer", optim_wrapper)
+            raise InputError(f"the optimizer {held} does not fit: {one_line(error)}") from error
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         try:
             return super().build_evaluator(evaluator)
         except (JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
             file = evaluator.get("ann_file", "") if isinstance(evaluator, dict) else ""
-            raise InputError(f"cannot build the evaluator {file}: {_last_line(error)}") from error
+            raise InputError(f"cannot build the evaluator {file}: {one_line(error)}") from error
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        check_fit(self.model, filename, "" if self._resume else self.needed)
+        held = check_fit(self.model, filename, "" if self._resume else self.needed)
+        if self._resume and not {"meta", "message_hub", "optimizer"} <= held.keys():
+            raise InputError(f"{filename} holds weights only, not where a training was: leave --resume out")
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         checkpoint.get("meta", {}).pop(
             "config", None
@@ -163,14 +203,16 @@ class TrainingRunner(_Runner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> "_Runner":
-        latest = cfg.get("resume") and Path(cfg.work_dir, "last_checkpoint").is_file()
-        named = any(str(cfg.get("load_from")) in argument for argument in sys.argv)
-        if "--resume" in sys.argv and cfg.get("load_from") and not named:
-            # mmseg leaves the config's own load_from, where the run began, and mmengine would resume from that.
-            cfg.resume, cfg.load_from = latest, None if latest else cfg.load_from
+        begun = cfg.get("load_from")
+        if cfg.get("resume") and "--resume" in sys.argv and not any(str(begun) in argument for argument in sys.argv):
+            begun = None  # mmseg leaves the config's own, where the run began, and mmengine would resume from that
+        if cfg.get("resume") and not begun and (latest := _latest(Path(cfg.work_dir))):
+            cfg.load_from = latest
+        elif not begun:
+            cfg.resume = False
         init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
         weights = init_cfg.get("checkpoint", "") if isinstance(init_cfg, dict) else ""
-        if weights and (cfg.get("load_from") or latest):
+        if weights and cfg.get("load_from"):
             cfg.model.backbone.init_cfg = None  # a whole detector's weights come instead
         elif weights and "://" not in weights and not Path(weights).expanduser().is_file():
             raise InputError(
@@ -179,6 +221,33 @@ class TrainingRunner(_Runner):
                 "model.backbone.init_cfg=None"
             )
         return super().from_cfg(cfg)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        part = filename if "://" in out_dir else f"{filename}.part"
+        super().save_checkpoint(out_dir, part, *args, **kwargs)
+        if part != filename and is_main_process():
+            os.replace(os.path.join(out_dir, part), os.path.join(out_dir, filename))
+
+
+def _latest(work_dir: Path) -> str | None:
+    """Return the latest checkpoint of a run that is whole, None if it has none yet.
+
+    Raises:
+        InputError: all are broken.
+    """
+    saved = sorted([*work_dir.glob("iter_*.pth"), *work_dir.glob("epoch_*.pth")], key=os.path.getmtime)
+    files = [str(file) for file in saved]
+    last = work_dir / "last_checkpoint"
+    if last.is_file():
+        files.append(last.read_text().strip())
+    for i, file in enumerate(reversed(files)):
+        if "://" in file or zipfile.is_zipfile(file):  # a cut one lacks its end
+            if i and local_rank() == 0:
+                print(f"{files[-1]} is cut off or not there: {file} in its place", file=sys.stderr)
+            return file
+    if files:
+        raise InputError(f"no checkpoint of {work_dir} is whole, nor {files[-1]}: empty the folder to start afresh")
+    return None
 
 
 class TestRunner(_Runner):
@@ -275,6 +344,34 @@ def _check_labels(pipeline: Compose, check: "_LabelCheck") -> None:
             _check_labels(part, check)
 
 
+def check_files(pipeline: Compose) -> None:
+    """Have a pipeline's steps that load a file name it where they cannot read it."""
+    from mmcv.transforms import LoadAnnotations, LoadImageFromFile  # a missing mmcv is told before
+
+    for i, step in enumerate(pipeline.transforms):
+        if isinstance(step, LoadImageFromFile | LoadAnnotations):
+            pipeline.transforms[i] = _Loading(step, isinstance(step, LoadAnnotations))
+        for part in getattr(step, "subroutines", []):
+            check_files(part)
+
+
+class _Loading:
+    """A step of a pipeline that loads a picture or its annotation."""
+
+    def __init__(self, step: Callable[[dict], dict], annotation: bool) -> None:
+        self.step = step
+        self.annotation = annotation
+
+    def __call__(self, results: dict) -> dict:
+        try:
+            return self.step(results)
+        except Exception as error:  # a broken file can raise nearly anything
+            file = results["img_path"]
+            if self.annotation:
+                file = results.get("seg_map_path") or f"the annotation of {file}"
+            raise SampleError(f"{file} cannot be read: {one_line(error)}") from error
+
+
 class _LabelCheck:
     """Step of mmseg's pipelines: labels in colours, of another size than the picture or beyond the classes are wrong.
 
@@ -297,11 +394,15 @@ class _LabelCheck:
         if labels.shape != size:
             sides = " x ".join(map(str, labels.shape)), " x ".join(map(str, size))
             raise SampleError(f"{file} is {sides[0]} pixels high x wide, its picture {results['img_path']} {sides[1]}")
-        strange = labels[(labels >= self.classes) & (labels != self.ignored)]
+        first, last = int(self.zero_label), self.zero_label + self.classes - 1
+        strange = labels[(labels >= self.classes) & (labels != self.ignored)].astype(int) + first
+        with suppress(OSError), Image.open(file) as image:  # its head; a file in a store is not looked at
+            if image.mode[0] in "IF":  # more than 8 bits, to which mmseg has cut its labels
+                pixels = np.asarray(image)
+                strange = np.append(pixels[(pixels < 0) | (pixels > 255)], strange)
         if strange.size:
-            first, last = int(self.zero_label), self.zero_label + self.classes - 1
             raise SampleError(
-                f"{file} has label {int(strange[0]) + first}, but the classes are {first} to {last}: "
+                f"{file} has label {strange[0]}, but the classes are {first} to {last}: "
                 f"{_CLASSES}, and reduce_zero_label=True if label 0 is no class"
             )
         return results

@@ -1,19 +1,24 @@
 """The command lines of mmdet and mmseg, run from their installed packages, with wrong input told in one line."""
 
 import argparse
+import copy
+import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config, DictAction
 from mmengine.config.utils import ConfigParsingError
+from mmengine.runner import Runner
 from torch import nn
 
 from litvit import cli
@@ -36,6 +41,9 @@ _OLD_FLAGS = {
     "--gpus": "say bash tools/dist_train.sh CONFIG GPUS",
 }
 
+# Settings of a config that are no arguments of mmengine's Runner.
+_MORE_SETTINGS = ("auto_scale_lr", "compile", "find_unused_parameters", "model_wrapper_cfg", "sync_bn")
+
 
 def run_tool(package: str, name: str) -> None:
     """Run `tools/<name>.py` of mmdet or mmseg with this process' arguments.
@@ -50,14 +58,16 @@ def run_tool(package: str, name: str) -> None:
     from litvit.openmmlab import runner  # slow to import, and check_command's callers may not need it
 
     rank = local_rank()  # mmdet's and mmseg's scripts set it to 0 where only Slurm has said it
+    Runner = {"train": runner.TrainingRunner, "test": runner.TestRunner}[name]
+    Runner.running = False
     try:
-        with _in_one_line():
+        with _in_one_line(lambda: Runner.running):
             check_command(sys.argv[1:])
             tools = import_package(package) / ".mim" / "tools"
             spec = importlib.util.spec_from_file_location(f"{package}_{name}", tools / f"{name}.py")
             script = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(script)
-            script.Runner = {"train": runner.TrainingRunner, "test": runner.TestRunner}[name]
+            script.Runner = Runner
             script.main()
     except InputError as error:
         if rank == 0 or isinstance(error, runner.SampleError):
@@ -71,37 +81,62 @@ def run_tool(package: str, name: str) -> None:
 
 
 @contextmanager
-def _in_one_line() -> Iterator[None]:
-    """Turn what mmengine, mmdet and mmseg raise for wrong input into an InputError."""
+def _in_one_line(running: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn what mmengine, mmdet and mmseg raise for wrong input into an InputError.
+
+    Args:
+        running: whether all is built by now, and an error is most likely not the config's.
+    """
+    from litvit.openmmlab.runner import SampleError, one_line
+
     try:
         yield
     except FileNotFoundError as error:  # also of a loader process, with its traceback as message
-        from litvit.openmmlab.runner import SampleError
-
         raise SampleError(str(error)) from error
     except (SyntaxError, ConfigParsingError) as error:
         raise InputError(f"the config cannot be read: {' '.join(str(error).split())}") from error
-    except (KeyError, TypeError, AssertionError, AttributeError) as error:
+    except InputError:
+        raise
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        if running():
+            raise
+        raise InputError(f"{error.filename} cannot be used: {error.strerror}") from error
+    except (ImportError, KeyError, IndexError, TypeError, ValueError, AssertionError, AttributeError) as error:
         message = " ".join(str(error).split())
         if missing := re.search(r"'ConfigDict' object has no attribute '(\w+)'", message):
             raise InputError(f"the config has no {missing[1]}") from error
-        if not any(part in message for part in ("registry", "class `", "__init__()")):  # what cannot be built
+        # What cannot be built is sometimes found late.
+        if running() and not any(part in message for part in ("registry", "class `", "__init__()")):
             raise
-        raise InputError(f"the config does not fit: {message}") from error
+        raise InputError(f"the config does not fit: {one_line(error)}") from error
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """Raise an InputError for flags of mmdet 2 and mmseg 0.x, options without value, and a config that is not there."""
-    last = ""
+    """Raise an InputError for wrong arguments that the scripts would take, or meet with a traceback.
+
+    Flags of mmdet 2 and mmseg 0.x, a config that is not there, options without value or of nothing in the config.
+    """
+    last, config, names = "", None, []
     for argument in arguments:
         flag = argument.partition("=")[0]
         last = flag if flag.startswith("--") else last
         if last == "--cfg-options" and flag != last and "=" not in argument:
             raise InputError(f"--cfg-options takes key=value, not '{argument}'")
+        if last == "--cfg-options" and flag != last:
+            names.append(flag.partition(".")[0])
         if flag in _OLD_FLAGS:
             raise InputError(f"{flag} is of an older OpenMMLab: {_OLD_FLAGS[flag]}")
-        if argument.endswith(".py") and "=" not in argument and not Path(argument).is_file():
-            raise InputError(f"no config at {argument}")
+        if argument.endswith(".py") and "=" not in argument:
+            config = config or argument
+            if not Path(config).is_file():
+                raise InputError(f"no config at {config}")
+    if config and names:
+        known = [*Config.fromfile(config), *inspect.signature(Runner).parameters, *_MORE_SETTINGS]
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f": did you mean {near[0]}?" if near else ""
+                raise InputError(f"--cfg-options {name}: the config has no such setting{hint}")
 
 
 def import_package(package: str) -> Path:
@@ -124,6 +159,7 @@ def prediction_parser(description: str) -> cli.ArgumentParser:
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the drawings")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the config")
     parser.add_argument("--device", metavar="NAME", help="cuda, cpu ... (cuda where there is one)")
     return parser
 
@@ -156,8 +192,11 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
         raise InputError(f"--out {args.out} is a file: name a folder")
     device = choose_device(args.device)
     with _in_one_line():
-        check_command([args.config])
+        check_command([args.config, "--cfg-options", *args.cfg_options])
+        options = argparse.Namespace()
+        DictAction([], "settings")(None, options, args.cfg_options)
         import_package(package)
+        import cv2
         import mmcv
         from mmengine.registry import DATASETS
 
@@ -167,14 +206,22 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
         init, predict = {"mmdet": ("init_detector", "inference_detector"), "mmseg": ("init_model", "inference_model")}[
             package
         ]
-        model = getattr(apis, init)(args.config, device="cpu")
+        model = getattr(apis, init)(args.config, device="cpu", cfg_options=options.settings)
         meta = check_fit(model, args.checkpoint).get("meta", {})
-        dataset = DATASETS.build({**model.cfg.test_dataloader.dataset, "lazy_init": True})
+        settings = model.cfg.test_dataloader.dataset
+        if "pipeline" in settings:  # which test.py uses, and mmdet; mmseg predicts with, and changes, another
+            model.cfg.test_pipeline = copy.deepcopy(settings.pipeline)
+        dataset = DATASETS.build({**settings, "lazy_init": True})
         model.dataset_meta = dataset.metainfo | meta.get("dataset_meta", {})
         model.to(device)
         args.out.mkdir(parents=True, exist_ok=True)
-        for drawing, image in drawings.items():
-            pixels = mmcv.imread(str(image), channel_order="rgb")
-            if pixels is None:
-                raise InputError(f"{image} is no picture that can be read")
-            yield model, drawing, pixels, getattr(apis, predict)(model, pixels[..., ::-1])
+    for drawing, image in drawings.items():
+        try:
+            pixels = mmcv.imread(str(image))
+        except cv2.error:  # of an empty file; other broken ones are None
+            pixels = None
+        if pixels is None:
+            raise InputError(f"{image} is no picture that can be read")
+        with _in_one_line(lambda: True):
+            result = getattr(apis, predict)(model, pixels)
+        yield model, drawing, pixels[..., ::-1], result

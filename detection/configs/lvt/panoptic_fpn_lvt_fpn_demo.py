@@ -60,5 +60,5 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", T_max=epochs, eta_min_ratio=0.01, begin=0, end=epochs, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=1.0))
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=2))
 randomness = dict(seed=0)
