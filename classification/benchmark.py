@@ -313,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # the fastest convolutions of every model
+    torch.backends.cudnn.allow_tf32 = args.tf32  # convolutions by the rule of matrix products
     if args.tf32:
         torch.set_float32_matmul_precision("high")
     try:

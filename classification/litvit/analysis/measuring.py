@@ -13,7 +13,9 @@ import torch
 import torchvision
 
 Call = Callable[[], object]
-GPU_SECONDS = 0.02  # short calls are repeated back to back for as long: a GPU's time, not that of launching kernels
+GPU_SECONDS = 0.02  # short calls are repeated back to back for as long
+SLEEP_CYCLES = 50_000_000
+WARM_UP = 3  # torch.compile's CUDA graphs are recorded in the second call
 
 
 def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, float]:
@@ -29,10 +31,11 @@ def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.devi
     """
     times = {}
     for name, call in calls.items():
-        _seconds(call, 1, device)
+        for _ in range(WARM_UP if device.type == "cuda" else 1):
+            _seconds(call, 1, device)
         times[name] = 1
         if device.type == "cuda":
-            times[name] = min(200, math.ceil(GPU_SECONDS / max(_seconds(call, 1, device), 1e-6)))
+            times[name] = min(20, math.ceil(GPU_SECONDS / max(_seconds(call, 1, device), 1e-6)))
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -48,6 +51,9 @@ def _seconds(call: Call, times: int, device: torch.device) -> float:
         return (time.perf_counter() - start) / times
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if times > 1:
+            # The GPU sleeps while kernels are launched, as far as its queue reaches: its time counts, not the CPU's.
+            torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         for _ in range(times):
             call()
@@ -69,6 +75,7 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     call()
+    torch._C._cuda_clearCublasWorkspaces()  # which others left behind
     torch.cuda.reset_peak_memory_stats(device)
     call()
     return torch.cuda.max_memory_allocated(device)

@@ -253,7 +253,10 @@ def deform_conv(x: Tensor, offset: Tensor, matrix: Tensor, bias: Tensor | None, 
     sizes = _sizes(x, offset)
     M, C, O = sizes["M"], x.shape[3], matrix.shape[0]
     out = matrix.new_empty(*offset.shape[:3], O)
-    precision = "tf32" if matrix.dtype == torch.float32 and _tf32_allowed() else "ieee"
+    # Three products in TF32 are as exact as one in float32, and run on tensor cores.
+    precision = "ieee"
+    if matrix.dtype == torch.float32:
+        precision = "tf32" if _tf32_allowed() else "tf32x3"
     if matrix.dtype == torch.float32 or INTERPRETED:
         kernel, tile = _forward, {"BLOCK_M": 64, "BLOCK_O": 64, "num_warps": 4, "num_stages": 2}
     else:
@@ -327,7 +330,9 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     bias_grad = None if ctx.bias_dtype is None else grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias_dtype)
-    return *deform_conv_backward(grad, *ctx.saved_tensors, ctx.k), bias_grad, None
+    with torch.autocast(grad.device.type, enabled=False):  # which backward may run in, though forward did not
+        grads = deform_conv_backward(grad, *ctx.saved_tensors, ctx.k)
+    return *grads, bias_grad, None
 
 
 deform_conv.register_autograd(_backward, setup_context=_setup_context)

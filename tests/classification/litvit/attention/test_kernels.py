@@ -15,8 +15,8 @@ from litvit.models.lit import Attention
 
 ROOT = Path(__file__).parents[4]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter cuts bfloat16 off where a GPU rounds it.
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+# The interpreter cuts bfloat16 off where a GPU rounds it; a GPU's exponentials are less exact.
+TOLERANCES = {torch.float32: 1e-5 if DEVICE == "cuda" else 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def on_kernels(test: Callable[..., None]) -> Callable[..., None]:
