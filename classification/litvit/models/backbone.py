@@ -16,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from litvit.checkpoints import adapt_state_dict, to_own_names
 from litvit.errors import InputError
 
+# Of the hidden layers of a batch in inference on a CPU: parts of it go through the blocks one after the other.
+_PART_BYTES = 9 * 2**20
+_MOST_PARTS = 16  # in one graph of torch.compile
+
 
 class Backbone(nn.Module, ABC):
     """Stages of channels-last maps at strides 4, 8, 16 and 32, as dense backbone or, with a head, as classifier.
@@ -203,14 +207,54 @@ def refuse_small(x: Tensor) -> None:
         raise InputError(f"images must have 32 pixels or more in both directions, got {tuple(x.shape[-2:])}")
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tensor:
-    """Run blocks one after the other, `recompute`-ing them in the backward pass where there is one."""
+def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool, tokenwise: bool = False) -> Tensor:
+    """Run blocks one after the other, `recompute`-ing them in the backward pass where there is one.
+
+    On a CPU in inference, large batches go through all blocks in parts which stay in its cache: taken at once, the
+    hidden layers of early blocks are so large that every product reads them from memory, into pages that the system
+    clears first.
+
+    Args:
+        blocks: each with an `mlp.fc1`.
+        x: (B, ..., C).
+        args: what else the blocks take.
+        recompute: keep nothing that is within blocks for the backward pass.
+        tokenwise: blocks look at each token of (B, N, C) alone, so that parts need not be whole images.
+    """
+    batch = x.flatten(0, 1) if tokenwise else x
+    parts = _parts(blocks, batch)
+    if parts == 1:
+        return _run_blocks(blocks, x, *args, recompute=recompute)
+    outs = [_run_blocks(blocks, part, *args, recompute=False) for part in batch.tensor_split(parts)]
+    return torch.cat(outs).view(x.shape)
+
+
+def _run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tensor:
     for block in blocks:
         if recompute and torch.is_grad_enabled():
             x = checkpoint(block, x, *args, use_reentrant=False)
         else:
             x = block(x, *args)
     return x
+
+
+def _parts(blocks: nn.ModuleList, x: Tensor) -> int:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or blocks.training or torch.jit.is_tracing() or not len(blocks):
+        return 1
+    if any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules()):
+        return 1  # hooks see whole batches
+    hidden = x.numel() // x.shape[-1] * blocks[0].mlp.fc1.out_features * x.element_size()
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        # Every part makes the graph longer, and a graph for all sizes must not ask for one.
+        if not statically_known_true(hidden <= _MOST_PARTS * _PART_BYTES):
+            return 1
+        for n in range(_MOST_PARTS, 1, -1):
+            if statically_known_true(x.shape[0] >= n) and statically_known_true(2 * hidden >= (2 * n - 1) * _PART_BYTES):
+                return n
+        return 1
+    return min(max(round(hidden / _PART_BYTES), 1), x.shape[0])
 
 
 def init_linear(module: nn.Module) -> None:
