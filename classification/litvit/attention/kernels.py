@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litvit.devices import product_precision
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -360,9 +362,5 @@ def _like_tokens(q: Tensor) -> Tensor:
 
 
 def _tile(q: Tensor) -> dict[str, int | str]:
-    matmul = torch.backends.cuda.matmul
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    # Three products in TF32 are as exact as one in float32, and run on tensor cores.
-    exact = "tf32x3" if q.dtype == torch.float32 else "ieee"
     block, warps = (64, 4) if q.shape[3] * q.element_size() <= 64 else (32, 2)
-    return {"BLOCK": block, "PRECISION": "tf32" if tf32 else exact, "num_warps": warps, "num_stages": 2}
+    return {"BLOCK": block, "PRECISION": product_precision(q.dtype), "num_warps": warps, "num_stages": 2}

@@ -4,16 +4,12 @@ Shape letters: B images, (H, W) tokens in, (h, w) = (H // k, W // k) tokens out,
 size.
 """
 
-import os
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TRITON = find_spec("triton") is not None and os.environ.get("LIT_TRITON") != "0"
-TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+from litvit.devices import TRITON_DTYPES, runs_triton
 
 
 def deform_conv_tokens(
@@ -64,17 +60,11 @@ def deform_conv_tokens(
 
 def _runs_triton(x: Tensor, offset: Tensor, matrix: Tensor) -> bool:
     return (
-        TRITON
-        and _supports_triton(x.device)
+        runs_triton(x.device)
         and {x.dtype, offset.dtype, matrix.dtype} <= TRITON_DTYPES
         and (x.dtype == matrix.dtype or torch.is_autocast_enabled(x.device.type))
         and not torch.are_deterministic_algorithms_enabled()
     )
-
-
-@torch.compiler.assume_constant_result
-def _supports_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:

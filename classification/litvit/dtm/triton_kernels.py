@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litvit.devices import product_precision
+
 # Triton's interpreter runs the kernels on a CPU. It can neither multiply bfloat16 matrices nor time candidates.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Without this a size that 16 divides, or 1, would have kernels of its own: seconds of compiling for maps of any size.
@@ -253,10 +255,6 @@ def deform_conv(x: Tensor, offset: Tensor, matrix: Tensor, bias: Tensor | None, 
     sizes = _sizes(x, offset)
     M, C, O = sizes["M"], x.shape[3], matrix.shape[0]
     out = matrix.new_empty(*offset.shape[:3], O)
-    # Three products in TF32 are as exact as one in float32, and run on tensor cores.
-    precision = "ieee"
-    if matrix.dtype == torch.float32:
-        precision = "tf32" if _tf32_allowed() else "tf32x3"
     if matrix.dtype == torch.float32 or INTERPRETED:
         kernel, tile = _forward, {"BLOCK_M": 64, "BLOCK_O": 64, "num_warps": 4, "num_stages": 2}
     else:
@@ -272,7 +270,7 @@ def deform_conv(x: Tensor, offset: Tensor, matrix: Tensor, bias: Tensor | None, 
             C=C,
             O=O,
             K=k,
-            PRECISION=precision,
+            PRECISION=product_precision(matrix.dtype),
             BLOCK_C=_channel_block(C, 128 // x.element_size()),
             **tile,
         )
@@ -346,9 +344,3 @@ def _sizes(x: Tensor, offset: Tensor) -> dict[str, int]:
 def _channel_block(C: int, limit: int) -> int:
     """The largest power of two that divides C, from 16 to `limit`."""
     return max(16, min(limit, C & -C))
-
-
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 brought this setting and knows the older one by it; asking the older one may raise there.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

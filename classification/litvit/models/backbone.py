@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litvit.checkpoints import adapt_state_dict, to_own_names
+from litvit.devices import infers_on_cpu
 from litvit.errors import InputError
 
 # Of the hidden layers of a batch in inference on a CPU: parts of it go through the blocks one after the other.
@@ -222,7 +223,7 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool, tokenwi
         tokenwise: blocks look at each token of (B, N, C) alone, so that parts need not be whole images.
     """
     batch = x.flatten(0, 1) if tokenwise else x
-    parts = _parts(blocks, batch)
+    parts = _parts(blocks, batch) if len(blocks) else 1
     if parts == 1:
         return _run_blocks(blocks, x, *args, recompute=recompute)
     outs = [_run_blocks(blocks, part, *args, recompute=False) for part in batch.tensor_split(parts)]
@@ -239,7 +240,7 @@ def _run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Ten
 
 
 def _parts(blocks: nn.ModuleList, x: Tensor) -> int:
-    if x.device.type != "cpu" or torch.is_grad_enabled() or blocks.training or torch.jit.is_tracing() or not len(blocks):
+    if blocks.training or not infers_on_cpu(x):
         return 1
     if any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules()):
         return 1  # hooks see whole batches
@@ -251,7 +252,8 @@ def _parts(blocks: nn.ModuleList, x: Tensor) -> int:
         if not statically_known_true(hidden <= _MOST_PARTS * _PART_BYTES):
             return 1
         for n in range(_MOST_PARTS, 1, -1):
-            if statically_known_true(x.shape[0] >= n) and statically_known_true(2 * hidden >= (2 * n - 1) * _PART_BYTES):
+            enough = statically_known_true(2 * hidden >= (2 * n - 1) * _PART_BYTES)
+            if enough and statically_known_true(x.shape[0] >= n):
                 return n
         return 1
     return min(max(round(hidden / _PART_BYTES), 1), x.shape[0])

@@ -1,0 +1,35 @@
+"""What fast paths ask before they are taken: the device, and whether graphs or gradients are made."""
+
+import importlib.util
+import os
+
+import torch
+
+# What the kernels take, if Triton is installed and LIT_TRITON=0 does not forbid it.
+TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("LIT_TRITON") != "0"
+TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+# torch before 2.7 doesn't tell an export from other graphs.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def infers_on_cpu(x: torch.Tensor) -> bool:
+    """Whether x is on a CPU, with no gradients recorded, and no graph made that other programs are to read."""
+    return x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting())
+
+
+@torch.compiler.assume_constant_result
+def runs_triton(device: torch.device) -> bool:
+    """Whether the kernels run on a device: a GPU of compute capability 8.0 or more."""
+    return TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """Name Triton's precision for matrix products: for float32, TF32 where torch's own products may use it."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 brought this setting and knows the older one by it; asking the older one may raise there.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    # Three products in TF32 are as exact as one in float32, and run on tensor cores.
+    return "tf32" if tf32 else "tf32x3"
