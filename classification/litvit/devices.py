@@ -1,4 +1,4 @@
-"""What fast paths ask before they are taken: the device, and whether graphs or gradients are made."""
+"""What the Triton kernels of `litvit.dtm` and `litvit.attention` ask of the device."""
 
 import importlib.util
 import os
@@ -8,14 +8,6 @@ import torch
 # What the kernels take, if Triton is installed and LIT_TRITON=0 does not forbid it.
 TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("LIT_TRITON") != "0"
 TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
-# torch before 2.7 doesn't tell an export from other graphs.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
-
-def infers_on_cpu(x: torch.Tensor) -> bool:
-    """Whether x is on a CPU, with no gradients recorded, and no graph made that other programs are to read."""
-    return x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting())
 
 
 @torch.compiler.assume_constant_result

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litvit.devices import TRITON, TRITON_DTYPES, infers_on_cpu, runs_triton
+from litvit.devices import TRITON, TRITON_DTYPES, runs_triton
 from litvit.errors import InputError
 
 _PATHS = ("plain", "sdpa", "triton")
@@ -29,8 +29,7 @@ def relative_attention(
       backward, and write no N x N numbers. They take float32 (as TF32 where torch's matrix products do), bfloat16 and
       float16, heads of 16, 32, 64 or 128 channels, and need compute capability 8.0. LIT_TRITON=0 in the environment
       forbids them.
-    - "plain", on a CPU where gradients are recorded, and for smaller maps where nothing is: matrix products and
-      softmax, with the bias written out; in inference image by image, so that the scores stay in the cache.
+    - "plain", on a CPU where gradients are recorded: matrix products and softmax, with the bias written out.
     - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
 
     Args:
@@ -64,33 +63,8 @@ def relative_attention(
     bias = relative_position_bias(table, grid).to(q.dtype)
     if path == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    if _goes_by_image(q):
-        return _attend_by_image(q, k, v, bias[0])
     scores = (q * d**-0.5) @ k.transpose(-2, -1)
     return scores.add_(bias).softmax(-1) @ v
-
-
-@torch.library.custom_op("litvit::attend_by_image", mutates_args=(), device_types="cpu")
-def _attend_by_image(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    # An operator of its own: autograd, autocast and graphs know neither its loop nor its buffer.
-    B, heads, N, d = q.shape
-    out = _like_joined_heads(q)
-    scores = q.new_empty(heads, N, N)
-    for i in range(B):
-        torch.baddbmm(bias, q[i], k[i].transpose(1, 2), alpha=d**-0.5, out=scores)
-        torch.softmax(scores, -1, out=scores)
-        out[i] = scores @ v[i]
-    return out
-
-
-@_attend_by_image.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    return _like_joined_heads(q)
-
-
-def _like_joined_heads(q: Tensor) -> Tensor:
-    B, heads, N, d = q.shape
-    return q.new_empty(B, N, heads, d).transpose(1, 2)
 
 
 def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -122,14 +96,8 @@ def _choose(q: Tensor, path: str | None) -> str:
         return path
     if q.is_cuda and q.shape[2] > _SMALL_MAP and _kernels_take(q):
         return "triton"
-    # The CPU's scaled_dot_product_attention is slower with a bias that needs a gradient, and with few tokens.
-    plain = torch.is_grad_enabled() or (q.shape[2] <= _SMALL_MAP and _goes_by_image(q))
-    return "plain" if q.device.type == "cpu" and plain else "sdpa"
-
-
-def _goes_by_image(q: Tensor) -> bool:
-    # What autocast would convert first is left to it.
-    return infers_on_cpu(q) and (not torch.is_autocast_enabled("cpu") or q.dtype == torch.get_autocast_dtype("cpu"))
+    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower.
+    return "plain" if q.device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
 
 
 def _kernels_take(q: Tensor) -> bool:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litvit.checkpoints import adapt_state_dict, to_own_names
-from litvit.devices import infers_on_cpu
 from litvit.errors import InputError
 
-# Of the hidden layers of a batch in inference on a CPU: parts of it go through the blocks one after the other.
+# What a hidden layer may have in one part of a batch, in inference on a CPU. 7 to 11 MiB did best for LIT-Ti, S, B and LVT
+# on two cores with 32 MiB of cache; malloc gets arrays of more than 32 MiB from the system, and gives them back, each time.
 _PART_BYTES = 9 * 2**20
-_MOST_PARTS = 16  # in one graph of torch.compile
+_MOST_BLOCKS = 32  # a stage in one graph of torch.compile, each part counted
+# torch before 2.7 doesn't tell an export from other graphs.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class Backbone(nn.Module, ABC):
@@ -208,7 +210,9 @@ def refuse_small(x: Tensor) -> None:
         raise InputError(f"images must have 32 pixels or more in both directions, got {tuple(x.shape[-2:])}")
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool, tokenwise: bool = False) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, *args, hidden: int, recompute: bool, tokenwise: bool = False
+) -> Tensor:
     """Run blocks one after the other, `recompute`-ing them in the backward pass where there is one.
 
     On a CPU in inference, large batches go through all blocks in parts which stay in its cache: taken at once, the
@@ -216,18 +220,19 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool, tokenwi
     clears first.
 
     Args:
-        blocks: each with an `mlp.fc1`.
+        blocks: which look at each image of a batch alone.
         x: (B, ..., C).
         args: what else the blocks take.
+        hidden: channels of the widest layer within blocks.
         recompute: keep nothing that is within blocks for the backward pass.
-        tokenwise: blocks look at each token of (B, N, C) alone, so that parts need not be whole images.
+        tokenwise: blocks look at each token of (B, N, C) alone, so that a part may be some tokens, (1, n, C).
     """
-    batch = x.flatten(0, 1) if tokenwise else x
-    parts = _parts(blocks, batch) if len(blocks) else 1
+    batch, dim = (x.reshape(1, -1, x.shape[-1]), 1) if tokenwise else (x, 0)
+    parts = _parts(blocks, batch, dim, hidden)
     if parts == 1:
         return _run_blocks(blocks, x, *args, recompute=recompute)
-    outs = [_run_blocks(blocks, part, *args, recompute=False) for part in batch.tensor_split(parts)]
-    return torch.cat(outs).view(x.shape)
+    outs = [_run_blocks(blocks, part, *args, recompute=False) for part in batch.tensor_split(parts, dim)]
+    return torch.cat(outs, dim).view(x.shape)
 
 
 def _run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tensor:
@@ -239,24 +244,25 @@ def _run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Ten
     return x
 
 
-def _parts(blocks: nn.ModuleList, x: Tensor) -> int:
-    if blocks.training or not infers_on_cpu(x):
+def _parts(blocks: nn.ModuleList, x: Tensor, dim: int, hidden: int) -> int:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting():
         return 1
-    if any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules()):
-        return 1  # hooks see whole batches
-    hidden = x.numel() // x.shape[-1] * blocks[0].mlp.fc1.out_features * x.element_size()
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
+    # Hooks see whole batches, and stochastic depth, which may be on alone, draws for whole images.
+    if any(m.training or m._forward_hooks or m._forward_pre_hooks for m in blocks.modules()):
+        return 1
+    size = x.numel() // x.shape[-1] * hidden * x.element_size()
+    if torch.compiler.is_compiling() and not _is_static(size):
+        return 1  # a graph for all sizes must not ask for one
+    parts = max(min(round(size / _PART_BYTES), x.shape[dim]), 1)
+    return 1 if torch.compiler.is_compiling() and parts * len(blocks) > _MOST_BLOCKS else parts
 
-        # Every part makes the graph longer, and a graph for all sizes must not ask for one.
-        if not statically_known_true(hidden <= _MOST_PARTS * _PART_BYTES):
-            return 1
-        for n in range(_MOST_PARTS, 1, -1):
-            enough = statically_known_true(2 * hidden >= (2 * n - 1) * _PART_BYTES)
-            if enough and statically_known_true(x.shape[0] >= n):
-                return n
-        return 1
-    return min(max(round(hidden / _PART_BYTES), 1), x.shape[0])
+
+def _is_static(size: int | torch.SymInt) -> bool:
+    try:
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+    except ImportError:  # in older torch
+        return False
+    return has_static_value(size)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -175,18 +175,19 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Patch embedding and blocks: (B, H, W, in_dim) -> (B, h, w, dim)."""
 
-    def __init__(self, patch_embed: PatchEmbed, blocks: list[Block]) -> None:
+    def __init__(self, patch_embed: PatchEmbed, blocks: list[Block], hidden: int) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
+        self.hidden = hidden
 
     def forward(self, x: Tensor, mixed: Tensor | None = None) -> Tensor:
         x = self.patch_embed(x)
         if mixed is not None:
             h, w = x.shape[1:3]
             x = _paste(x, mixed.repeat_interleave(8, 0).repeat_interleave(8, 1)[:h, :w])
-        return run_blocks(self.blocks, x, recompute=self.grad_checkpointing)
+        return run_blocks(self.blocks, x, hidden=self.hidden, recompute=self.grad_checkpointing)
 
 
 def _paste(x: Tensor, mixed: Tensor) -> Tensor:
@@ -289,19 +290,19 @@ class LVT(Backbone):
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
-            blocks = []
+            blocks, hidden = [], int(dim * mlp_ratios[i])
             for drop_path in drop_paths[i]:
                 if i == 0:
                     attn = ConvolutionalSelfAttention(dim, num_heads[i])
-                    mlp = Mlp(dim, int(dim * mlp_ratios[i]))
+                    mlp = Mlp(dim, hidden)
                 else:
                     attn = RecursiveAtrousSelfAttention(
                         dim, num_heads[i], reductions[i - 1], atrous_rates, recursion_depth
                     )
-                    mlp = ConvMlp(dim, int(dim * mlp_ratios[i]))
+                    mlp = ConvMlp(dim, hidden)
                 blocks.append(Block(dim, attn, mlp, drop_path))
             embed = PatchEmbed(dims[i - 1], dim, 3, 2) if i else PatchEmbed(in_chans, dim, 7, 4)
-            self.stages.append(Stage(embed, blocks))
+            self.stages.append(Stage(embed, blocks, hidden))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1]))
         trunc_normal_(self.cls_token, std=0.02)
         self.class_blocks = nn.Sequential(*(ClassBlock(dims[-1], class_heads, 4) for _ in range(class_blocks)))
