@@ -17,7 +17,7 @@ from litvit.checkpoints import adapt_state_dict, to_own_names
 from litvit.errors import InputError
 
 # What a hidden layer may have in one part of a batch, in inference on a CPU. 7 to 11 MiB did best for LIT-Ti, S, B and
-# LVT on two cores with 32 MiB of cache. Arrays of more than 32 MiB malloc asks of the system, and gives back, each time.
+# LVT on two cores with 32 MiB of cache. Arrays of more than 32 MiB malloc takes from the system anew each time.
 _PART_BYTES = 9 * 2**20
 _MOST_BLOCKS = 32  # a stage in one graph of torch.compile, each part counted
 # torch before 2.7 doesn't tell an export from other graphs.
