@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from litvit.checkpoints import adapt_state_dict, to_own_names
 from litvit.errors import InputError
 
-# What a hidden layer may have in one part of a batch, in inference on a CPU. 7 to 11 MiB did best for LIT-Ti, S, B and
-# LVT on two cores with 32 MiB of cache. Arrays of more than 32 MiB malloc takes from the system anew each time.
-_PART_BYTES = 9 * 2**20
+# What a hidden layer may have, a thread, in one part of a batch in inference on a CPU. 7 to 11 MiB in all did best for
+# LIT-Ti, S, B and LVT on two threads with 32 MiB of cache; arrays of more than 32 MiB are new pages each time.
+_THREAD_BYTES = 9 * 2**19
 _MOST_BLOCKS = 32  # a stage in one graph of torch.compile, each part counted
 # torch before 2.7 doesn't tell an export from other graphs.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -253,8 +253,13 @@ def _parts(blocks: nn.ModuleList, x: Tensor, dim: int, hidden: int) -> int:
     size = x.numel() // x.shape[-1] * hidden * x.element_size()
     if torch.compiler.is_compiling() and not _is_static(size):
         return 1  # a graph for all sizes must not ask for one
-    parts = max(min(round(size / _PART_BYTES), x.shape[dim]), 1)
+    parts = max(min(round(size / _part_bytes()), x.shape[dim]), 1)
     return 1 if torch.compiler.is_compiling() and parts * len(blocks) > _MOST_BLOCKS else parts
+
+
+@torch.compiler.assume_constant_result
+def _part_bytes() -> int:
+    return _THREAD_BYTES * torch.get_num_threads()
 
 
 def _is_static(size: int | torch.SymInt) -> bool:

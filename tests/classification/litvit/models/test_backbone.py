@@ -29,6 +29,14 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # parts are as large as the threads' caches
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=SHALLOW)
 def case(request):
     torch.manual_seed(0)
