@@ -56,7 +56,9 @@ def resize_position_table(table: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(table.shape[1:3]) == tuple(size):
         return table
-    return _resize(table.permute(0, 3, 1, 2), size, "bilinear").permute(0, 2, 3, 1)
+    with torch.autocast(table.device.type, enabled=False):
+        resized = F.interpolate(table.permute(0, 3, 1, 2).float(), size=size, mode="bilinear").permute(0, 2, 3, 1)
+    return resized.to(table.dtype)
 
 
 def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -72,12 +74,14 @@ def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     size = tuple(2 * side - 1 for side in grid)
     if tuple(table.shape[1:]) == size:
         return table
-    return _resize(table.unsqueeze(0), size, "bicubic").squeeze(0)
-
-
-def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return F.interpolate(x.float(), size=size, mode=mode, align_corners=False).to(x.dtype)
+    # Interpolation is linear, one axis after the other. As two matrix products its gradient needs no atomic additions,
+    # which deterministic mode refuses; the matrices are what interpolation makes of the identity.
+    with torch.autocast(table.device.type, enabled=False):
+        rows, columns = (
+            F.interpolate(torch.eye(old, device=table.device)[None, None], size=(new, old), mode="bicubic")[0, 0]
+            for old, new in zip(table.shape[1:], size, strict=True)
+        )
+        return (rows @ table.float() @ columns.T).to(table.dtype)
 
 
 def to_own_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

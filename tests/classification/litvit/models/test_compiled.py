@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import litvit  # noqa: F401 (registers the models)
 
@@ -49,6 +51,41 @@ def test_one_graph_for_maps_of_all_sizes(name):
                 torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     # The written-out bias is an unfold, and torch.compile makes a constant of its size; Triton's path writes none.
     assert len(graphs) == (2 if name == "lit_s" else 1)
+
+
+def on_a_fake_gpu(model):
+    """Put a GPU's tensors without numbers in the place of parameters and buffers; torch needs no GPU for these."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    tensors[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s"])
+def test_kernels_are_in_one_graph_for_large_maps_of_all_sizes(name, training, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    model = small(name, features_only=True).train(training)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    with FakeTensorMode():
+        compiled = torch.compile(on_a_fake_gpu(model), fullgraph=True, backend=count, dynamic=True)
+        for height, width in ((630, 670), (544, 800)):
+            with torch.set_grad_enabled(training):
+                maps = compiled(torch.empty(2, 3, height, width, device="cuda"))
+            assert maps[-1].shape == (2, 64, -(-height // 32), -(-width // 32))
+            if training:
+                sum(out.mean() for out in maps).backward()
+    (graph,) = graphs
+    assert graph.count("litvit.deform_conv.default") == 3
+    assert graph.count("litvit.relative_attention.default") == (2 if name == "lit_s" else 0)
 
 
 def train_step(model, optimizer, x, target):

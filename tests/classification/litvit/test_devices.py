@@ -1,0 +1,103 @@
+"""Triton kernels compiled for GPUs that need not be here: their machine code, as far as it goes without running it."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from litvit.attention import kernels as attention
+from litvit.dtm import triton_kernels as dtm
+
+GPUS = pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, torch.float16), (80, torch.float32), (90, torch.bfloat16), (90, torch.float32)]
+)
+
+
+class DriverOfAnother:
+    """What Triton asks of a GPU before it compiles, for one of a compute capability such as 90, which is not here."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # under which Triton keeps what it has compiled
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def compile_alone(call: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
+            call()
+            return [0.0] * len(quantiles)
+
+        return compile_alone
+
+
+@pytest.fixture
+def compile_for(monkeypatch) -> Callable[[int, Callable[[], object]], list[tuple[str, str]]]:
+    """A function of a compute capability and a call: the names and the machine code of all kernels that it launches.
+
+    They are compiled as for a launch on such a GPU, all of a tuner's candidates too, and not launched.
+    """
+    run, kernels = JITFunction.run, []
+
+    def compile_alone(self, *args, grid, warmup, **kwargs):
+        kernels.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs).asm["sass"]))
+
+    def compile_for(capability, call):
+        monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfAnother(capability))
+        monkeypatch.setattr(JITFunction, "run", compile_alone)
+        call()
+        return kernels
+
+    return compile_for
+
+
+def has_products(code: str) -> bool:
+    return bool(re.search(r"\bHG?MMA\b", code))  # of tensor cores
+
+
+def spills(code: str) -> bool:
+    return bool(re.search(r"\b(STL|LDL)\b", code))  # registers to memory and back
+
+
+@GPUS
+def test_token_merging(compile_for, capability, dtype):
+    x, offset = torch.randn(1, 4, 4, 384, dtype=dtype), torch.randn(1, 2, 2, 8, dtype=dtype)
+    matrix, bias = torch.randn(768, 4 * 384, dtype=dtype), torch.randn(768, dtype=dtype)
+
+    def both():
+        out = dtm.deform_conv(x, offset, matrix, bias, 2)
+        dtm.deform_conv_backward(out, x, offset, matrix, 2)
+
+    kernels = compile_for(capability, both)
+    backward = ["_read_patches", "_list_patches", "_list_patches", "_sum_patches"]
+    assert [name for name, _ in kernels if name != "_forward"] == backward
+    for name, code in kernels:
+        assert has_products(code) == (name == "_forward")
+        assert not spills(code), name
+
+
+@GPUS
+def test_attention(compile_for, capability, dtype):
+    h, w, heads, d = 20, 33, 2, 32  # the published heads
+    q, k, v = torch.randn(1, h * w, 3, heads, d, dtype=dtype).permute(2, 0, 3, 1, 4)
+    table = torch.randn(heads, 2 * h - 1, 2 * w - 1)
+
+    def both():
+        out, lse = attention.relative_attention(q, k, v, table, w)
+        attention._backward(out, q, k, v, table, out, lse, w)
+
+    kernels = compile_for(capability, both)
+    assert [name for name, _ in kernels] == ["_forward", "_backward_q", "_backward_kv", "_backward_table"]
+    for name, code in kernels:
+        assert has_products(code), name
+        # In full float32 all operands are held twice, and one of the kernels has too many.
+        assert not spills(code) or (dtype == torch.float32 and name == "_backward_kv"), name
