@@ -37,7 +37,7 @@ def test_one_graph_in_eval(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_one_graph_for_maps_of_all_sizes(name):
-    model = small(name, features_only=True).eval()
+    model = small(name, features_only=True, out_indices=(0, 1, 2)).eval()
     graphs = []
 
     def count(graph, inputs):
@@ -65,10 +65,9 @@ def on_a_fake_gpu(model):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s"])
-def test_kernels_are_in_one_graph_for_large_maps_of_all_sizes(name, training, monkeypatch):
+def test_a_gpus_kernels_are_in_one_graph_for_maps_of_all_sizes(training, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    model = small(name, features_only=True).train(training)
+    model = small("lit_s", features_only=True).train(training)
     graphs = []
 
     def count(graph, inputs):
@@ -81,11 +80,10 @@ def test_kernels_are_in_one_graph_for_large_maps_of_all_sizes(name, training, mo
             with torch.set_grad_enabled(training):
                 maps = compiled(torch.empty(2, 3, height, width, device="cuda"))
             assert maps[-1].shape == (2, 64, -(-height // 32), -(-width // 32))
-            if training:
-                sum(out.mean() for out in maps).backward()
+            assert maps[-1].requires_grad == training
     (graph,) = graphs
     assert graph.count("litvit.deform_conv.default") == 3
-    assert graph.count("litvit.relative_attention.default") == (2 if name == "lit_s" else 0)
+    assert graph.count("litvit.relative_attention.default") == 2
 
 
 def train_step(model, optimizer, x, target):
