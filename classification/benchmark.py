@@ -27,10 +27,13 @@ DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "lvt", "resnet50", P
 MIB = 2**20
 
 HELP = f"""{__doc__}
-On one GPU, these lines show whether the goals are met (on an H200; the goal of each: benchmark.py DOOR --help):
+On one GPU, `pytest -m gpu` in the project's folder shows whether the kernels compute right there, and these lines,
+whether the goals are met (on an H200; the goal of each: benchmark.py DOOR --help):
 
   python benchmark.py table1 --amp-dtype bfloat16 --json table1.json
-  python benchmark.py table1 --amp-dtype bfloat16 --compile --json table1-compiled.json
+  for pair in "lit_ti pvt_v2_b2" "lit_s swin_tiny_patch4_window7_224" \\
+              "lit_m swin_small_patch4_window7_224" "lit_b swin_base_patch4_window7_224"; do
+      python benchmark.py table1 $pair --amp-dtype bfloat16 --compile --json table1-compiled-${{pair%% *}}.json; done
   for model in lit_s lit_b; do for batch in 64 256; do
       python benchmark.py dtm --model $model --dtype bfloat16 -b $batch --json dtm-$model-$batch.json; done; done
   python benchmark.py attention --dtype bfloat16 --json attention.json

@@ -16,6 +16,7 @@ from litvit import cli
 from litvit.demo_data import Settings, build
 
 CLASSIFICATION = Path(__file__).parents[1] / "classification"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; older torch reads it once
 
 # A LIT-Ti in everything but size: it trains an epoch of the `digits` in a second or two.
 TINY = ["dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave tests that need a GPU to machines that have one."""
     if not torch.cuda.is_available():
         items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is not marked `gpu` to the CPU, here and in processes that it starts."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 class Outcome(NamedTuple):

@@ -220,7 +220,7 @@ class Classifier:
         model = _without_stochastic_depth(timm.create_model(name))
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.macs = count_macs(model)
-        layout = torch.channels_last if is_convolutional(model) else torch.contiguous_format
+        layout = torch.channels_last if is_convolutional(model) else torch.preserve_format
         self.model = model.to(dtype=DTYPES[args.dtype], memory_format=layout)
         self.run = compiled(self.model, args.compile)
         self.autocast = _autocast(args)
@@ -390,7 +390,7 @@ def _backbone(spec: str, size: tuple[int, int], args: argparse.Namespace) -> nn.
         model = timm.create_model(name, features_only=True, **({"img_size": size} if fixed else {}))
     except (RuntimeError, TypeError, AssertionError) as error:
         raise InputError(f"{name} is no backbone for images of {size[0]} x {size[1]}: {error}") from None
-    layout = torch.channels_last if is_convolutional(model) else torch.contiguous_format
+    layout = torch.channels_last if is_convolutional(model) else torch.preserve_format
     return _without_stochastic_depth(model).to(dtype=DTYPES[args.dtype], memory_format=layout).train()
 
 

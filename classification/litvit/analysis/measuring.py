@@ -51,9 +51,8 @@ def _seconds(call: Call, times: int, device: torch.device) -> float:
         return (time.perf_counter() - start) / times
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if times > 1:
-            # The GPU sleeps while kernels are launched, as far as its queue reaches: its time counts, not the CPU's.
-            torch.cuda._sleep(SLEEP_CYCLES)
+        # The GPU sleeps while kernels are launched, as far as its queue reaches: its time counts, not the CPU's.
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         for _ in range(times):
             call()

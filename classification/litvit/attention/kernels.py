@@ -362,5 +362,8 @@ def _like_tokens(q: Tensor) -> Tensor:
 
 
 def _tile(q: Tensor) -> dict[str, int | str]:
-    block, warps = (64, 4) if q.shape[3] * q.element_size() <= 64 else (32, 2)
-    return {"BLOCK": block, "PRECISION": product_precision(q.dtype), "num_warps": warps, "num_stages": 2}
+    row = q.shape[3] * q.element_size()
+    block, warps = (64, 4) if row <= 64 else (32, 2)
+    # The next tiles of float32 heads of 128 channels have no room in the shared memory of GPUs but the largest.
+    stages = 2 if row <= 256 else 1
+    return {"BLOCK": block, "PRECISION": product_precision(q.dtype), "num_warps": warps, "num_stages": stages}

@@ -52,7 +52,10 @@ def compile_for(monkeypatch) -> Callable[[int, Callable[[], object]], list[tuple
         kernels.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs).asm["sass"]))
 
     def compile_for(capability, call):
-        monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfAnother(capability))
+        driver = DriverOfAnother(capability)
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+        monkeypatch.setitem(vars(dtm._tuned_forward), "do_bench", driver.get_benchmarker())
+        monkeypatch.setattr(dtm._tuned_forward, "cache", {})
         monkeypatch.setattr(JITFunction, "run", compile_alone)
         call()
         return kernels

@@ -30,7 +30,7 @@ def on_kernels(test: Callable[..., None]) -> Callable[..., None]:
             output = _in_the_interpreter()
             assert f"PASSED {os.environ['PYTEST_CURRENT_TEST'].removesuffix(' (call)')}\n" in output, output
 
-    return run
+    return pytest.mark.gpu(run) if DEVICE == "cuda" else run
 
 
 @functools.cache

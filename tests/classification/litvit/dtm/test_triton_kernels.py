@@ -49,7 +49,7 @@ def on_kernels(check: Callable[[], None]) -> Callable[[subprocess.Popen | None],
         answer = interpreter.stdout.readline()
         assert answer == "null\n", json.loads(answer) if answer else "the interpreter is gone"
 
-    return test
+    return pytest.mark.gpu(test) if DEVICE == "cuda" else test
 
 
 def _answer(names: Iterable[str]) -> None:
@@ -200,8 +200,7 @@ def test_a_gpu_takes_the_kernels_by_itself():
 
 
 @pytest.mark.gpu
-def test_deterministic_mode_repeats_itself(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_deterministic_mode_repeats_itself():
     tensors = [tensor.cuda() for tensor in _tensors(8, 28, 28, 64, 64)]
     gradient = torch.randn(8, 14, 14, 64)
     torch.use_deterministic_algorithms(True)
