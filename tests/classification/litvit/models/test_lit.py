@@ -203,14 +203,6 @@ def test_weight_decay_and_layer_decay_groups():
 
 
 @pytest.mark.parametrize("kwargs", [{}, TOKEN])
-def test_compiles_without_graph_breaks(kwargs):
-    model = tiny(depths=(1, 1, 1, 1), **kwargs)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = images(64, 64)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kwargs", [{}, TOKEN])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_low_precision(kwargs, dtype):
     model = tiny(**kwargs).eval()

@@ -207,17 +207,6 @@ def test_drop_path_weight_decay_and_layer_decay():
     assert scales == sorted(set(scales))
 
 
-def test_compiles_without_graph_breaks():
-    model = tiny()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = images(64, 96)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    mixed = torch.zeros(2, 3, dtype=torch.bool)
-    mixed[1, 1] = True
-    for actual, expected in zip(compiled(x, mixed), model(x, mixed), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_low_precision(dtype):
     model = tiny().eval()
