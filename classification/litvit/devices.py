@@ -1,4 +1,4 @@
-"""What the Triton kernels of `litvit.dtm` and `litvit.attention` ask of the device."""
+"""What fast paths ask of the device, and of torch.compile."""
 
 import importlib.util
 import os
@@ -25,3 +25,12 @@ def product_precision(dtype: torch.dtype) -> str:
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     # Three products in TF32 are as exact as one in float32, and run on tensor cores.
     return "tf32" if tf32 else "tf32x3"
+
+
+def is_static(size: int | torch.SymInt) -> bool:
+    """Whether the graph that torch.compile is making is for this size alone."""
+    try:
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+    except ImportError:  # in older torch
+        return False
+    return has_static_value(size)

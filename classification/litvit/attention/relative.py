@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litvit.devices import TRITON, TRITON_DTYPES, runs_triton
+from litvit.devices import TRITON, TRITON_DTYPES, is_static, runs_triton
 from litvit.errors import InputError
 
 _PATHS = ("plain", "sdpa", "triton")
@@ -49,6 +49,8 @@ def relative_attention(
         ValueError: shapes that do not fit.
     """
     h, w = grid
+    if q.dim() != 4:
+        raise ValueError(f"q, k and v must be (B, heads, {h} * {w}, d), got {tuple(q.shape)}")
     _, heads, N, d = q.shape
     if not q.shape == k.shape == v.shape or h * w != N:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -79,7 +81,13 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     h, w = grid
     # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
-    windows = table.unfold(1, h, 1).unfold(2, w, 1)
+    if torch.compiler.is_compiling() and not (is_static(h) and is_static(w)):
+        # unfold would make constants of the sizes, and a graph for each; the gradient of these windows is slower.
+        table = table.contiguous()
+        rows, columns = table.stride()[1:]
+        windows = table.as_strided((len(table), h, w, h, w), (table.stride(0), rows, columns, rows, columns))
+    else:
+        windows = table.unfold(1, h, 1).unfold(2, w, 1)
     return windows.flip(3, 4).reshape(1, -1, h * w, h * w)
 
 
@@ -96,8 +104,9 @@ def _choose(q: Tensor, path: str | None) -> str:
         return path
     if q.is_cuda and q.shape[2] > _SMALL_MAP and _kernels_take(q):
         return "triton"
-    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower.
-    return "plain" if q.device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
+    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. A traced graph is for inference.
+    recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    return "plain" if q.device.type == "cpu" and recorded else "sdpa"
 
 
 def _kernels_take(q: Tensor) -> bool:

@@ -80,7 +80,11 @@ def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
     """
     B, H, W, C = x.shape
     dtype = torch.promote_types(torch.promote_types(x.dtype, offset.dtype), torch.float32)
-    index, weight = _BilinearCorners.apply(offset.to(dtype), (H, W), k)
+    offset = offset.to(dtype)
+    if torch.jit.is_tracing():  # which has no place for functions of our own
+        index, weight = _bilinear_corners(offset, (H, W), k)[:2]
+    else:
+        index, weight = _BilinearCorners.apply(offset, (H, W), k)
     taps = F.embedding_bag(index, x.reshape(B * H * W, C), per_sample_weights=weight.to(x.dtype), mode="sum")
     return taps.view(*offset.shape[:3], k * k * C)
 
@@ -96,30 +100,10 @@ class _BilinearCorners(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, offset: Tensor, map_size: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
-        B, h, w, _ = offset.shape
-        H, W = map_size
-        like = {"dtype": offset.dtype, "device": offset.device}
-        rows = torch.arange(h * k, **like).view(h, 1, k, 1, 1)
-        columns = torch.arange(w * k, **like).view(1, w, 1, k, 1)
-        grid = torch.cat((rows.expand(h, w, k, k, 1), columns.expand(h, w, k, k, 1)), dim=-1)
-        position = offset.reshape(B, h, w, k, k, 2) + grid
-        # Integers are clamped, not coordinates: NaN and infinity convert to any integer, and weigh NaN and 0 there.
-        low = position.floor().int()
-        low[..., 0].clamp_(0, H - 2)
-        low[..., 1].clamp_(0, W - 2)
-        # (B, h, w, k, k, axis, corner)
-        distance = (position - low).unsqueeze(-1) - torch.arange(2, **like)
-        axis_weight = (1 - distance.abs()).clamp_(min=0)
-        weight = axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]
-
-        # 32 bits are quicker to sort than 64 and count 2**31 tokens.
-        integers = {"dtype": torch.int32, "device": offset.device}
-        first = (torch.arange(B, **integers).view(B, 1, 1, 1, 1) * H + low[..., 0]) * W + low[..., 1]
-        corner = torch.arange(2, **integers)
-        index = first.reshape(-1, 1) + (corner.view(2, 1) * W + corner).view(4)
+        index, weight, distance, axis_weight = _bilinear_corners(offset, map_size, k)
         ctx.save_for_backward(distance, axis_weight)
         ctx.mark_non_differentiable(index)
-        return index, weight.reshape(-1, 4)
+        return index, weight
 
     @staticmethod
     @once_differentiable
@@ -135,6 +119,32 @@ class _BilinearCorners(torch.autograd.Function):
         y_grad = along_x[..., 0] * y_slope[..., 0] + along_x[..., 1] * y_slope[..., 1]
         x_grad = along_y[..., 0] * x_slope[..., 0] + along_y[..., 1] * x_slope[..., 1]
         return torch.stack((y_grad, x_grad), dim=-1).flatten(3), None, None
+
+
+def _bilinear_corners(offset: Tensor, map_size: tuple[int, int], k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index and weight of the corners, (B*h*w*k*k, 4); distance and weight by axis, (B, h, w, k, k, axis, corner)."""
+    B, h, w, _ = offset.shape
+    H, W = map_size
+    like = {"dtype": offset.dtype, "device": offset.device}
+    rows = torch.arange(h * k, **like).view(h, 1, k, 1, 1)
+    columns = torch.arange(w * k, **like).view(1, w, 1, k, 1)
+    grid = torch.cat((rows.expand(h, w, k, k, 1), columns.expand(h, w, k, k, 1)), dim=-1)
+    position = offset.reshape(B, h, w, k, k, 2) + grid
+    # Integers are clamped, not coordinates: NaN and infinity convert to any integer, and weigh NaN and 0 there.
+    low = position.floor().int()
+    low[..., 0].clamp_(0, H - 2)
+    low[..., 1].clamp_(0, W - 2)
+    # (B, h, w, k, k, axis, corner)
+    distance = (position - low).unsqueeze(-1) - torch.arange(2, **like)
+    axis_weight = (1 - distance.abs()).clamp_(min=0)
+    weight = axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]
+
+    # 32 bits are quicker to sort than 64 and count 2**31 tokens.
+    integers = {"dtype": torch.int32, "device": offset.device}
+    first = (torch.arange(B, **integers).view(B, 1, 1, 1, 1) * H + low[..., 0]) * W + low[..., 1]
+    corner = torch.arange(2, **integers)
+    index = first.reshape(-1, 1) + (corner.view(2, 1) * W + corner).view(4)
+    return index, weight.reshape(-1, 4), distance, axis_weight
 
 
 def _check_shapes(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None) -> None:

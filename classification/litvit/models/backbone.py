@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litvit.checkpoints import adapt_state_dict, to_own_names
+from litvit.devices import is_static
 from litvit.errors import InputError
 
 # What a hidden layer may have, a thread, in one part of a batch in inference on a CPU. 7 to 11 MiB in all did best for
@@ -251,7 +252,7 @@ def _parts(blocks: nn.ModuleList, x: Tensor, dim: int, hidden: int) -> int:
     if any(m.training or m._forward_hooks or m._forward_pre_hooks for m in blocks.modules()):
         return 1
     size = x.numel() // x.shape[-1] * hidden * x.element_size()
-    if torch.compiler.is_compiling() and not _is_static(size):
+    if torch.compiler.is_compiling() and not is_static(size):
         return 1  # a graph for all sizes must not ask for one
     parts = max(min(round(size / _part_bytes()), x.shape[dim]), 1)
     return 1 if torch.compiler.is_compiling() and parts * len(blocks) > _MOST_BLOCKS else parts
@@ -260,14 +261,6 @@ def _parts(blocks: nn.ModuleList, x: Tensor, dim: int, hidden: int) -> int:
 @torch.compiler.assume_constant_result
 def _part_bytes() -> int:
     return _THREAD_BYTES * torch.get_num_threads()
-
-
-def _is_static(size: int | torch.SymInt) -> bool:
-    try:
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-    except ImportError:  # in older torch
-        return False
-    return has_static_value(size)
 
 
 def init_linear(module: nn.Module) -> None:

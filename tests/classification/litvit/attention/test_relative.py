@@ -70,7 +70,9 @@ def test_compiles_without_graph_breaks_at_any_size():
     compiled = torch.compile(relative_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for grid in [(3, 4), (5, 2)]:
         tensors = _tensors(grid)
-        torch.testing.assert_close(compiled(*tensors, grid), relative_attention(*tensors, grid))
+        outs = compiled(*tensors, grid), relative_attention(*tensors, grid)
+        torch.testing.assert_close(*outs)
+        torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), tensors) for out in outs))
         with torch.no_grad():
             torch.testing.assert_close(compiled(*tensors, grid), relative_attention(*tensors, grid))
 
