@@ -5,6 +5,7 @@ What is compared runs interleaved in one process, so that a busy machine slows a
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,6 +176,7 @@ def _environment(args: argparse.Namespace) -> str:
         "files": "images",
     }
     settings = [f"{word} {getattr(args, name)}" for word, name in shown.items() if getattr(args, name, None)]
+    settings += [f"{name}={os.environ[name]}" for name in ("LIT_ATTENTION", "LIT_TRITON") if name in os.environ]
     return f"{machine(args.device)}; {', '.join((*settings, f'medians of {args.repeats}'))}"
 
 
@@ -311,8 +313,13 @@ def _parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark and print its table."""
     args = _parser().parse_args(argv)
-    if args.json and not args.json.parent.is_dir():
-        raise InputError(f"--json: no folder {args.json.parent}")
+    if getattr(args, "amp_dtype", None) and args.dtype != "float32":
+        raise InputError(f"--amp-dtype {args.amp_dtype} is for --dtype float32, not {args.dtype}")
+    if args.json:
+        try:
+            args.json.open("a").close()  # before anything is measured
+        except OSError as error:
+            raise InputError(f"--json: cannot write {args.json}: {error.strerror}") from None
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # the fastest convolutions of every model

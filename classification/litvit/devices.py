@@ -16,6 +16,11 @@ def runs_triton(device: torch.device) -> bool:
     return TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def interprets_triton(device: torch.device) -> bool:
+    """Whether Triton's interpreter runs the kernels on a device: a CPU, if the environment says TRITON_INTERPRET=1."""
+    return TRITON and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def product_precision(dtype: torch.dtype) -> str:
     """Name Triton's precision for matrix products: for float32, TF32 where torch's own products may use it."""
     if dtype != torch.float32:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from litvit import cli
 from litvit.analysis.macs import count_macs
 from litvit.analysis.measuring import interleaved_medians, peak_memory
-from litvit.attention import relative_attention
+from litvit.attention import PATHS, relative_attention
 from litvit.dtm import deform_conv_tokens
 from litvit.errors import InputError
 
@@ -52,6 +52,7 @@ COUNTERPARTS = {
     "lit_m": "swin_small_patch4_window7_224",
     "lit_b": "swin_base_patch4_window7_224",
 }
+CLASSES = 1000
 MEASURED = ("inference_images_per_second", "training_memory", "test_memory")  # in PUBLISHED's order
 
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -217,16 +218,19 @@ class Classifier:
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.device = args.device
-        model = _without_stochastic_depth(timm.create_model(name))
+        try:
+            model = _without_stochastic_depth(timm.create_model(name, num_classes=CLASSES))
+            self.macs = count_macs(model)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise InputError(f"{name} is no classifier of images of 224 x 224: {error}") from None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.macs = count_macs(model)
         layout = torch.channels_last if is_convolutional(model) else torch.preserve_format
         self.model = model.to(dtype=DTYPES[args.dtype], memory_format=layout)
         self.run = compiled(self.model, args.compile)
         self.autocast = _autocast(args)
         images = torch.randn(args.batch_size, 3, 224, 224, dtype=DTYPES[args.dtype])
         self.images = images.to(memory_format=layout)
-        self.target = torch.randint(1000, (args.batch_size,))
+        self.target = torch.randint(CLASSES, (args.batch_size,))
         self.optimizer: torch.optim.Optimizer | None = None
 
     def start_inference(self) -> None:
@@ -383,8 +387,10 @@ def benchmark_dense(args: argparse.Namespace) -> list[dict]:
 
 
 def _backbone(spec: str, size: tuple[int, int], args: argparse.Namespace) -> nn.Module:
-    name = cli.model_name(spec.partition(":")[0])
-    ours = model_entrypoint(name).__module__.startswith("litvit")
+    name, _, path = spec.partition(":")
+    if path and path not in PATHS:
+        raise InputError(f"{spec}: the path of attention must be one of {', '.join(PATHS)}")
+    ours = model_entrypoint(cli.model_name(name)).__module__.startswith("litvit")
     fixed = not ours and timm.get_pretrained_cfg(name).fixed_input_size
     try:
         model = timm.create_model(name, features_only=True, **({"img_size": size} if fixed else {}))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litvit.devices import TRITON, TRITON_DTYPES, is_static, runs_triton
+from litvit.devices import TRITON_DTYPES, interprets_triton, is_static, runs_triton
 from litvit.errors import InputError
 
-_PATHS = ("plain", "sdpa", "triton")
+PATHS = ("plain", "sdpa", "triton")
 # Up to here a written-out bias is small beside what else the attention reads and writes.
 _SMALL_MAP = 256
 
@@ -93,8 +93,8 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _choose(q: Tensor, path: str | None) -> str:
     path = path or os.environ.get("LIT_ATTENTION")
-    if path and path not in _PATHS:
-        raise InputError(f"the path of attention must be one of {', '.join(_PATHS)}, got {path!r}")
+    if path and path not in PATHS:
+        raise InputError(f"the path of attention must be one of {', '.join(PATHS)}, got {path!r}")
     if path == "triton" and not _kernels_take(q):
         raise InputError(
             "attention's path 'triton' needs Triton, a GPU of compute capability 8.0, float32, bfloat16 or float16 "
@@ -104,7 +104,7 @@ def _choose(q: Tensor, path: str | None) -> str:
         return path
     if q.is_cuda and q.shape[2] > _SMALL_MAP and _kernels_take(q):
         return "triton"
-    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. A traced graph is for inference.
+    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
     return "plain" if q.device.type == "cpu" and recorded else "sdpa"
 
@@ -112,6 +112,4 @@ def _choose(q: Tensor, path: str | None) -> str:
 def _kernels_take(q: Tensor) -> bool:
     if q.dtype not in TRITON_DTYPES or q.shape[3] not in (16, 32, 64, 128):
         return False
-    # Triton's interpreter runs kernels on a CPU.
-    interpreted = TRITON and q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return interpreted or runs_triton(q.device)
+    return interprets_triton(q.device) or runs_triton(q.device)

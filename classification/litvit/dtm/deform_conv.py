@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litvit.devices import TRITON_DTYPES, runs_triton
+from litvit.devices import TRITON_DTYPES, interprets_triton, runs_triton
+from litvit.errors import InputError
 
 
 def deform_conv_tokens(
@@ -42,8 +43,11 @@ def deform_conv_tokens(
 
     Raises:
         ValueError: shapes that do not fit.
+        InputError: `triton=True` where the kernels do not run.
     """
     _check_shapes(x, offset, weight, bias)
+    if triton and not (runs_triton(x.device) or interprets_triton(x.device)):
+        raise InputError(f"triton=True needs Triton and a GPU of compute capability 8.0, got tokens on {x.device.type}")
     k = weight.shape[-1]
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     if min(x.shape[1:3]) == 1:

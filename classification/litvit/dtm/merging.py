@@ -37,7 +37,12 @@ class DeformableTokenMerging(nn.Module):
         Returns:
             Tokens (B, H//2, W//2, out_dim); with `return_offset` also the offsets (B, H//2, W//2, 8) in pixels of the
             input map, (dy, dx) for the taps (0, 0), (0, 1), (1, 0), (1, 1).
+
+        Raises:
+            ValueError: x has another shape.
         """
+        if x.dim() != 4 or x.shape[3] != self.conv.in_channels:
+            raise ValueError(f"x must be tokens (B, H, W, {self.conv.in_channels}), got shape {tuple(x.shape)}")
         # Seen as (B, C, H, W) in torch's channels_last memory format, tokens need no copy.
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if type(self.norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not self.norm.training:
