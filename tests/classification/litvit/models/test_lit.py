@@ -246,3 +246,20 @@ def test_pretrained_cfg():
     assert cfg["crop_pct"] == 0.875
     assert cfg["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
     assert cfg["std"] == timm.data.IMAGENET_DEFAULT_STD
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kwargs", [{}, TOKEN])
+def test_dense_training_in_deterministic_mode_repeats_itself(kwargs):
+    model, x = tiny(**kwargs).cuda(), images(70, 101).cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients = []
+        for _ in range(2):
+            model.zero_grad()
+            maps = model.forward_intermediates(x, intermediates_only=True)
+            sum(out.square().sum() for out in maps).backward()
+            gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
