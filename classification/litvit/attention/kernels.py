@@ -38,11 +38,27 @@ def _load(x, tokens, stride, end, D: tl.constexpr, RAGGED: tl.constexpr = True):
 
 
 @triton.jit
-def _load_bias(table, tokens, w, end, SIGN: tl.constexpr, RAGGED: tl.constexpr):
-    """Read the table's entries that lie `tokens` away, forwards or (SIGN -1) backwards, from each of `table`."""
+def _load_bias(table, places, tokens, w, end, SIGN: tl.constexpr, RAGGED: tl.constexpr):
+    """Read the table's entries that lie `tokens` away, forwards or (SIGN -1) backwards, from each of `places`."""
     if RAGGED:
         tokens = tl.minimum(tokens, end - 1)
-    return tl.load(table[:, None] + SIGN * _place(tokens, w)[None, :]).to(tl.float32)
+    return _gather(table, places, SIGN * _place(tokens, w))
+
+
+@triton.jit
+def _gather(table, rows, columns):
+    """Read the float32 entries at rows[:, None] + columns[None, :]."""
+    if _INTERPRETED:
+        return tl.load(table + (rows[:, None] + columns[None, :]))
+    # tl.load would send every entry through shared memory. These go straight to the registers that meet them.
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; cvt.u64.u32 at, $2; add.u64 at, at, $1; ld.global.nc.f32 $0, [at]; }",
+        "=f,l,r",
+        [table.to(tl.uint64, bitcast=True), (4 * rows)[:, None] + (4 * columns)[None, :]],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -61,14 +77,14 @@ def _locate(tiles, heads):
 
 @triton.jit
 def _attend(
-    top, total, acc, query, table, k, v, first, stride, N, w, scale,
+    top, total, acc, query, table, places, k, v, first, stride, N, w, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Show queries the keys from `first` on: new maximum, sum of exponentials and weighted sum of values."""
     j = first + tl.arange(0, BLOCK)
     key = _load(k, j, stride, N, D, RAGGED)
     value = _load(v, j, stride, N, D, RAGGED)
-    score = _dot(query, tl.trans(key), None, PRECISION) * scale + _load_bias(table, j, w, N, -1, RAGGED)
+    score = _dot(query, tl.trans(key), None, PRECISION) * scale + _load_bias(table, places, j, w, N, -1, RAGGED)
     if RAGGED:
         score = tl.where((j < N)[None, :], score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 1) * _LOG2E)
@@ -81,28 +97,29 @@ def _attend(
 @triton.jit(do_not_specialize=["heads", "N", "w"])
 def _forward(
     q, k, v, table, out, lse, image_stride, head_stride, stride, heads, N, w, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of queries, all keys."""
-    tile, head, image = _locate((N + BLOCK - 1) // BLOCK, heads)
+    tile, head, image = _locate((N + ROWS - 1) // ROWS, heads)
     start = image * image_stride + head * head_stride
     k, v = k + start, v + start
     middle = _place(N - 1, w)
-    i = tile * BLOCK + tl.arange(0, BLOCK)
+    i = tile * ROWS + tl.arange(0, ROWS)
     query = _load(q + start, i, stride, N, D)
-    table += head * (2 * middle + 1) + middle + _place(tl.minimum(i, N - 1), w)
+    table += head * (2 * middle + 1)
+    places = middle + _place(tl.minimum(i, N - 1), w)
 
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.full((BLOCK,), 0.0, tl.float32)
-    acc = tl.full((BLOCK, D), 0.0, tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.full((ROWS,), 0.0, tl.float32)
+    acc = tl.full((ROWS, D), 0.0, tl.float32)
     whole = N // BLOCK * BLOCK
     for j in range(0, whole, BLOCK):
         top, total, acc = _attend(
-            top, total, acc, query, table, k, v, j, stride, N, w, scale, D, BLOCK, PRECISION, False
+            top, total, acc, query, table, places, k, v, j, stride, N, w, scale, D, BLOCK, PRECISION, False
         )  # fmt: skip
     if whole < N:
         top, total, acc = _attend(
-            top, total, acc, query, table, k, v, whole, stride, N, w, scale, D, BLOCK, PRECISION, True
+            top, total, acc, query, table, places, k, v, whole, stride, N, w, scale, D, BLOCK, PRECISION, True
         )  # fmt: skip
 
     at = out + (image * N * heads + head) * D + i[:, None] * (heads * D) + tl.arange(0, D)[None, :]
@@ -112,14 +129,14 @@ def _forward(
 
 @triton.jit
 def _pull(
-    acc, query, gradient, sums, drift, table, k, v, first, stride, N, w, scale,
+    acc, query, gradient, sums, drift, table, places, k, v, first, stride, N, w, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add to queries' gradients what the keys from `first` on give."""
     j = first + tl.arange(0, BLOCK)
     key = _load(k, j, stride, N, D, RAGGED)
     value = _load(v, j, stride, N, D, RAGGED)
-    score = _dot(query, tl.trans(key), None, PRECISION) * scale + _load_bias(table, j, w, N, -1, RAGGED)
+    score = _dot(query, tl.trans(key), None, PRECISION) * scale + _load_bias(table, places, j, w, N, -1, RAGGED)
     p = tl.exp2(score * _LOG2E - sums[:, None])
     if RAGGED:
         p = tl.where((j < N)[None, :], p, 0.0)
@@ -130,33 +147,34 @@ def _pull(
 @triton.jit(do_not_specialize=["heads", "N", "w"])
 def _backward_q(
     q, k, v, table, out, lse, grad, delta, grad_q, image_stride, head_stride, stride, heads, N, w, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of queries, all keys. It also writes delta, every query's product of gradient and output."""
-    tile, head, image = _locate((N + BLOCK - 1) // BLOCK, heads)
+    tile, head, image = _locate((N + ROWS - 1) // ROWS, heads)
     start = image * image_stride + head * head_stride
     k, v = k + start, v + start
     own = (image * N * heads + head) * D
     row = (image * heads + head) * N
     middle = _place(N - 1, w)
-    i = tile * BLOCK + tl.arange(0, BLOCK)
+    i = tile * ROWS + tl.arange(0, ROWS)
     query = _load(q + start, i, stride, N, D)
     gradient = _load(grad + own, i, heads * D, N, D)
     output = _load(out + own, i, heads * D, N, D)
-    table += head * (2 * middle + 1) + middle + _place(tl.minimum(i, N - 1), w)
+    table += head * (2 * middle + 1)
+    places = middle + _place(tl.minimum(i, N - 1), w)
     sums = tl.load(lse + row + i, mask=i < N, other=float("inf"))
     drift = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(delta + row + i, drift, mask=i < N)
 
-    acc = tl.full((BLOCK, D), 0.0, tl.float32)
+    acc = tl.full((ROWS, D), 0.0, tl.float32)
     whole = N // BLOCK * BLOCK
     for j in range(0, whole, BLOCK):
         acc = _pull(
-            acc, query, gradient, sums, drift, table, k, v, j, stride, N, w, scale, D, BLOCK, PRECISION, False
+            acc, query, gradient, sums, drift, table, places, k, v, j, stride, N, w, scale, D, BLOCK, PRECISION, False
         )  # fmt: skip
     if whole < N:
         acc = _pull(
-            acc, query, gradient, sums, drift, table, k, v, whole, stride, N, w, scale, D, BLOCK, PRECISION, True
+            acc, query, gradient, sums, drift, table, places, k, v, whole, stride, N, w, scale, D, BLOCK, PRECISION, True
         )  # fmt: skip
     at = grad_q + own + i[:, None] * (heads * D) + tl.arange(0, D)[None, :]
     tl.store(at, (acc * scale).to(grad_q.dtype.element_ty), mask=i[:, None] < N)
@@ -164,7 +182,7 @@ def _backward_q(
 
 @triton.jit
 def _push(
-    k_acc, v_acc, key, value, table, q, grad, lse, delta, first, stride, grad_stride, N, w, scale,
+    k_acc, v_acc, key, value, table, places, q, grad, lse, delta, first, stride, grad_stride, N, w, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add to keys' and values' gradients what the queries from `first` on give."""
@@ -178,7 +196,7 @@ def _push(
     else:
         sums = tl.load(lse + i)
         drift = tl.load(delta + i)
-    score = _dot(key, tl.trans(query), None, PRECISION) * scale + _load_bias(table, i, w, N, 1, RAGGED)
+    score = _dot(key, tl.trans(query), None, PRECISION) * scale + _load_bias(table, places, i, w, N, 1, RAGGED)
     p = tl.exp2(score * _LOG2E - sums[None, :])
     v_acc = _dot(p.to(gradient.dtype), gradient, v_acc, PRECISION)
     ds = p * (_dot(value, tl.trans(gradient), None, PRECISION) - drift[None, :])
@@ -188,31 +206,32 @@ def _push(
 @triton.jit(do_not_specialize=["heads", "N", "w"])
 def _backward_kv(
     q, k, v, table, lse, grad, delta, grad_k, grad_v, image_stride, head_stride, stride, heads, N, w, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of keys, all queries."""
-    tile, head, image = _locate((N + BLOCK - 1) // BLOCK, heads)
+    tile, head, image = _locate((N + ROWS - 1) // ROWS, heads)
     start = image * image_stride + head * head_stride
     own = (image * N * heads + head) * D
     row = (image * heads + head) * N
     q, grad, lse, delta = q + start, grad + own, lse + row, delta + row
     middle = _place(N - 1, w)
-    j = tile * BLOCK + tl.arange(0, BLOCK)
+    j = tile * ROWS + tl.arange(0, ROWS)
     key = _load(k + start, j, stride, N, D)
     value = _load(v + start, j, stride, N, D)
-    table += head * (2 * middle + 1) + middle - _place(tl.minimum(j, N - 1), w)
+    table += head * (2 * middle + 1)
+    places = middle - _place(tl.minimum(j, N - 1), w)
 
-    k_acc = tl.full((BLOCK, D), 0.0, tl.float32)
-    v_acc = tl.full((BLOCK, D), 0.0, tl.float32)
+    k_acc = tl.full((ROWS, D), 0.0, tl.float32)
+    v_acc = tl.full((ROWS, D), 0.0, tl.float32)
     whole = N // BLOCK * BLOCK
     for i in range(0, whole, BLOCK):
         k_acc, v_acc = _push(
-            k_acc, v_acc, key, value, table, q, grad, lse, delta, i, stride, heads * D, N, w, scale,
+            k_acc, v_acc, key, value, table, places, q, grad, lse, delta, i, stride, heads * D, N, w, scale,
             D, BLOCK, PRECISION, False,
         )  # fmt: skip
     if whole < N:
         k_acc, v_acc = _push(
-            k_acc, v_acc, key, value, table, q, grad, lse, delta, whole, stride, heads * D, N, w, scale,
+            k_acc, v_acc, key, value, table, places, q, grad, lse, delta, whole, stride, heads * D, N, w, scale,
             D, BLOCK, PRECISION, True,
         )  # fmt: skip
     at = own + j[:, None] * (heads * D) + tl.arange(0, D)[None, :]
@@ -220,21 +239,22 @@ def _backward_kv(
     tl.store(grad_v + at, v_acc.to(grad_v.dtype.element_ty), mask=j[:, None] < N)
 
 
-@triton.jit(do_not_specialize=["images", "run", "heads", "N", "w"])
+@triton.jit(do_not_specialize=["images", "share", "run", "heads", "N", "w"])
 def _backward_table(
     q, k, v, table, lse, grad, delta, grad_table,
-    images, run, image_stride, head_stride, stride, heads, N, w, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    images, share, run, image_stride, head_stride, stride, heads, N, w, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: a tile of (query, key) of all pairs of runs that lie the same number of runs apart, in all images.
+    """A program: a tile of (query, key) of all pairs of runs that lie the same number of runs apart, in `share` images.
 
-    A run is a row of the map, or all of it. Either way pairs of runs equally far apart read the same entries of the
-    table, so their gradients add up in registers. Element (head, x, place) of `grad_table` is that of the queries that
-    are the x-th of their runs.
+    A run is one or more rows of the map. Pairs of runs equally far apart read the same entries of the table, so their
+    gradients add up in registers. Element (share, head, x, place) of `grad_table` is that of the queries that are the
+    x-th of their runs.
     """
     tiles = (run + BLOCK - 1) // BLOCK
     runs = N // run
-    tile, shift, head = _locate(tiles * tiles, 2 * runs - 1)
+    tile, shift, plane = _locate(tiles * tiles, 2 * runs - 1)
+    head, first = plane % heads, plane // heads * share
     shift -= runs - 1
     begin = tl.maximum(shift, 0) * run
     end = (runs + tl.minimum(shift, 0)) * run
@@ -244,14 +264,15 @@ def _backward_table(
     size = 2 * _place(N - 1, w) + 1
     place = size // 2 + _place(begin + tl.minimum(xi, run - 1), w)[:, None]
     place -= _place(begin - back + tl.minimum(xj, run - 1), w)[None, :]
-    bias = tl.load(table + head * size + place).to(tl.float32)
+    bias = tl.load(table + head * size + place)
 
     acc = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     i = begin
-    start = head * head_stride
-    own = head * D
-    row = head * N
-    for _ in range(images * (runs - tl.abs(shift))):
+    start = first * image_stride + head * head_stride
+    own = (first * N * heads + head) * D
+    row = (first * heads + head) * N
+    pairs = tl.minimum(share, images - first).to(tl.int32) * (runs - tl.abs(shift))
+    for _ in tl.range(pairs, num_stages=STAGES):
         query = _load(q + start + i * stride, xi, stride, run, D)
         key = _load(k + start + (i - back) * stride, xj, stride, run, D)
         value = _load(v + start + (i - back) * stride, xj, stride, run, D)
@@ -260,13 +281,12 @@ def _backward_table(
         drift = tl.load(delta + row + i + xi, mask=xi < run, other=0.0)
         p = tl.exp2((_dot(query, tl.trans(key), None, PRECISION) * scale + bias) * _LOG2E - sums[:, None])
         acc += p * (_dot(gradient, tl.trans(value), None, PRECISION) - drift[:, None])
-        i += run
-        if i == end:
-            i = begin
-            start += image_stride
-            own += N * heads * D
-            row += N * heads
-    at = grad_table + (head * run + xi[:, None]) * size + place
+        last = i + run == end
+        i = tl.where(last, begin, i + run)
+        start += tl.where(last, image_stride, 0)
+        own += tl.where(last, N * heads * D, 0)
+        row += tl.where(last, N * heads, 0)
+    at = grad_table + (plane * run + xi[:, None]) * size + place
     tl.store(at, acc, mask=(xi < run)[:, None] & (xj < run)[None, :])
 
 
@@ -288,10 +308,11 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, w: int) -
     q, k, v, table = _side_by_side(q, k, v, table)
     B, heads, N, D = q.shape
     out, lse = _like_tokens(q), q.new_empty((B, heads, N), dtype=torch.float32)
-    tile = _tile(q)
-    programs = triton.cdiv(N, tile["BLOCK"]) * heads * B
+    rows, block = _tiles(q)
+    grid = (triton.cdiv(N, rows) * heads * B,)
+    numbers = (*q.stride()[:3], heads, N, w, D**-0.5, D)
     with torch.cuda.device_of(q):
-        _forward[(programs,)](q, k, v, table, out, lse, *q.stride()[:3], heads, N, w, D**-0.5, D, **tile)
+        _forward[grid](q, k, v, table, out, lse, *numbers, ROWS=rows, BLOCK=block, **_options(q))
     return out, lse
 
 
@@ -304,28 +325,36 @@ def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, w: int) -> tuple[Tensor, T
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, out: Tensor, lse: Tensor, w: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = table.dtype
     q, k, v, table = _side_by_side(q, k, v, table)
     grad, out = (x.transpose(1, 2).contiguous() for x in (grad, out))
     B, heads, N, D = q.shape
     numbers = (*q.stride()[:3], heads, N, w, D**-0.5, D)
-    tile = _tile(q)
-    programs = triton.cdiv(N, tile["BLOCK"]) * heads * B
+    rows, block = _tiles(q)
+    options = _options(q)
+    grid = (triton.cdiv(N, rows) * heads * B,)
     grad_q, grad_k, grad_v = (_like_tokens(q) for _ in range(3))
     delta = torch.empty_like(lse)
-    # The rows of a small map are short for a tile.
-    run = N if N <= 256 else w
-    grad_table = table.new_zeros((heads, run, *table.shape[1:]), dtype=torch.float32)
-    # Tiles of 64 where they cover a run as closely as those of 32.
-    block = min(tile["BLOCK"], 32 if triton.cdiv(run, 32) % 2 else 64)
-    table_tile = tile | {"BLOCK": block, "num_warps": block // 8}  # with fewer, places and bias spill registers
+    run = _run(B, N // w, w, block, 2**25 // (heads * table[0].numel()))
     table_programs = triton.cdiv(run, block) ** 2 * (2 * (N // run) - 1) * heads
+    # Enough programs for a large GPU, of eight images or more.
+    share = triton.cdiv(B, max(1, min(B // 8, triton.cdiv(512, table_programs))))
+    shares = triton.cdiv(B, share)
+    grad_table = table.new_zeros((shares, heads, run, *table.shape[1:]))
+    # Wide float32 heads leave no room to copy tiles ahead in the shared memory of GPUs but the largest.
+    stages = 3 if D * q.element_size() <= 128 else 1
     with torch.cuda.device_of(q):
-        _backward_q[(programs,)](q, k, v, table, out, lse, grad, delta, grad_q, *numbers, **tile)
-        _backward_kv[(programs,)](q, k, v, table, lse, grad, delta, grad_k, grad_v, *numbers, **tile)
-        _backward_table[(table_programs,)](
-            q, k, v, table, lse, grad, delta, grad_table, B, run, *numbers, **table_tile
+        _backward_q[grid](
+            q, k, v, table, out, lse, grad, delta, grad_q, *numbers, ROWS=rows, BLOCK=block, **options
         )  # fmt: skip
-    return grad_q, grad_k, grad_v, grad_table.sum(1).to(table.dtype)
+        _backward_kv[grid](
+            q, k, v, table, lse, grad, delta, grad_k, grad_v, *numbers, ROWS=rows, BLOCK=32, **options
+        )  # fmt: skip
+        _backward_table[(shares * table_programs,)](
+            q, k, v, table, lse, grad, delta, grad_table, B, share, run, *numbers,
+            BLOCK=block, STAGES=stages, **options,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_table.sum((0, 2)).to(dtype)
 
 
 @_backward.register_fake
@@ -349,10 +378,10 @@ relative_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values of the same strides, as they come out of one projection, and a contiguous table."""
+    """Queries, keys and values of the same strides, as they come out of one projection, and the table in float32."""
     if q.stride(3) != 1 or not q.stride() == k.stride() == v.stride():
         q, k, v = torch.stack((q, k, v)).unbind(0)
-    return q, k, v, table.contiguous()
+    return q, k, v, table.float().contiguous()
 
 
 def _like_tokens(q: Tensor) -> Tensor:
@@ -361,9 +390,24 @@ def _like_tokens(q: Tensor) -> Tensor:
     return q.new_empty((B, N, heads, D)).transpose(1, 2)
 
 
-def _tile(q: Tensor) -> dict[str, int | str]:
-    row = q.shape[3] * q.element_size()
-    block, warps = (64, 4) if row <= 64 else (32, 2)
-    # The next tiles of float32 heads of 128 channels have no room in the shared memory of GPUs but the largest.
-    stages = 2 if row <= 256 else 1
-    return {"BLOCK": block, "PRECISION": product_precision(q.dtype), "num_warps": warps, "num_stages": stages}
+def _tiles(q: Tensor) -> tuple[int, int]:
+    """Tokens of a program's own tile, and of those that it goes through: what is fast and fits the registers."""
+    size = q.shape[3] * q.element_size()
+    return 64 if size <= 128 else 32, 64 if size <= 64 else 32
+
+
+def _options(q: Tensor) -> dict[str, int | str]:
+    # Copying tiles ahead (num_stages) slows all kernels but one, which asks for it in its loop.
+    return {"PRECISION": product_precision(q.dtype), "num_warps": 4, "num_stages": 1}
+
+
+def _run(images: int, h: int, w: int, block: int, limit: int) -> int:
+    """Tokens of a run for the gradient of the table: rows of the map that fill tiles well, but no more than `limit`."""
+
+    def cost(rows: int) -> int:
+        runs = h // rows
+        # Of a tile: pairs of runs, and what its start and end cost beside them.
+        return triton.cdiv(rows * w, block) ** 2 * (runs**2 * images + 12 * (2 * runs - 1))
+
+    fitting = [rows for rows in range(1, h + 1) if h % rows == 0 and (rows == 1 or rows * w <= min(limit, 256))]
+    return min(fitting, key=cost) * w

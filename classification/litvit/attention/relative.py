@@ -13,8 +13,6 @@ from litvit.devices import TRITON_DTYPES, interprets_triton, is_static, runs_tri
 from litvit.errors import InputError
 
 PATHS = ("plain", "sdpa", "triton")
-# Up to here a written-out bias is small beside what else the attention reads and writes.
-_SMALL_MAP = 256
 
 
 def relative_attention(
@@ -25,10 +23,9 @@ def relative_attention(
     The bias of query (yi, xi) and key (yj, xj) is table[head, yi - yj + h - 1, xi - xj + w - 1]. Three paths compute
     the same:
 
-    - "triton", on CUDA for maps of more than 256 tokens: kernels that look the bias up in the table, forward and
-      backward, and write no N x N numbers. They take float32 (as TF32 where torch's matrix products do), bfloat16 and
-      float16, heads of 16, 32, 64 or 128 channels, and need compute capability 8.0. LIT_TRITON=0 in the environment
-      forbids them.
+    - "triton", on CUDA: kernels that look the bias up in the table, forward and backward, and write no N x N numbers.
+      They take float32 (as TF32 where torch's matrix products do), bfloat16 and float16, heads of 16, 32, 64 or 128
+      channels, and need compute capability 8.0. LIT_TRITON=0 in the environment forbids them.
     - "plain", on a CPU where gradients are recorded: matrix products and softmax, with the bias written out.
     - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
 
@@ -102,7 +99,7 @@ def _choose(q: Tensor, path: str | None) -> str:
         )
     if path:
         return path
-    if q.is_cuda and q.shape[2] > _SMALL_MAP and _kernels_take(q):
+    if q.is_cuda and _kernels_take(q):
         return "triton"
     # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()

@@ -32,19 +32,12 @@ class DriverOfAnother:
     def get_current_stream(self, device: str) -> int:
         return 0
 
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        def compile_alone(call: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
-            call()
-            return [0.0] * len(quantiles)
-
-        return compile_alone
-
 
 @pytest.fixture
 def compile_for(monkeypatch) -> Callable[[int, Callable[[], object]], list[tuple[str, str]]]:
     """A function of a compute capability and a call: the names and the machine code of all kernels that it launches.
 
-    They are compiled as for a launch on such a GPU, all of a tuner's candidates too, and not launched.
+    They are compiled as for a launch on such a GPU, and not launched.
     """
     run, kernels = JITFunction.run, []
 
@@ -52,10 +45,7 @@ def compile_for(monkeypatch) -> Callable[[int, Callable[[], object]], list[tuple
         kernels.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs).asm["sass"]))
 
     def compile_for(capability, call):
-        driver = DriverOfAnother(capability)
-        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-        monkeypatch.setitem(vars(dtm._tuned_forward), "do_bench", driver.get_benchmarker())
-        monkeypatch.setattr(dtm._tuned_forward, "cache", {})
+        monkeypatch.setattr(triton.runtime.driver, "_active", DriverOfAnother(capability))
         monkeypatch.setattr(JITFunction, "run", compile_alone)
         call()
         return kernels
@@ -68,7 +58,12 @@ def has_products(code: str) -> bool:
 
 
 def spills(code: str) -> bool:
-    return bool(re.search(r"\b(STL|LDL)\b", code))  # registers to memory and back
+    """Whether a loop moves registers to memory and back."""
+    lines = [line.partition("\t")[2] or line for line in code.splitlines()]
+    labels = {line.removesuffix(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    jumps = ((i, re.search(r"BRA (\w+);", line)) for i, line in enumerate(lines))
+    loops = ("\n".join(lines[labels[jump[1]] : i]) for i, jump in jumps if jump and labels[jump[1]] < i)
+    return any(re.search(r"\b(STL|LDL)\b", loop) for loop in loops)
 
 
 @GPUS
@@ -82,9 +77,8 @@ def test_token_merging(compile_for, capability, dtype):
 
     kernels = compile_for(capability, both)
     backward = ["_read_patches", "_list_patches", "_list_patches", "_sum_patches"]
-    assert [name for name, _ in kernels if name != "_forward"] == backward
+    assert [name for name, _ in kernels] == ["_read_patches", *backward]
     for name, code in kernels:
-        assert has_products(code) == (name == "_forward")
         assert not spills(code), name
 
 
@@ -102,5 +96,5 @@ def test_attention(compile_for, capability, dtype):
     assert [name for name, _ in kernels] == ["_forward", "_backward_q", "_backward_kv", "_backward_table"]
     for name, code in kernels:
         assert has_products(code), name
-        # In full float32 all operands are held twice, and one of the kernels has too many.
-        assert not spills(code) or (dtype == torch.float32 and name == "_backward_kv"), name
+        # On older GPUs one kernel has too many operands in full float32, where each is held as two numbers.
+        assert not spills(code) or (capability, dtype, name) == (80, torch.float32, "_backward_kv"), name
