@@ -184,10 +184,10 @@ def _attention_calls(
     like = {"device": args.device, "dtype": DTYPES[args.dtype]}
     qkv = torch.randn(batch, h * w, 3, heads, dim, **like, requires_grad=True)
     table = torch.randn(heads, 2 * h - 1, 2 * w - 1, device=args.device, requires_grad=True)
-    gradient = torch.randn(batch, heads, h * w, dim, **like)
+    gradient = torch.randn(batch, h * w, heads, dim, **like)
 
     def attend(path: str | None) -> Tensor:
-        return relative_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), table, grid, path)
+        return relative_attention(qkv, table, grid, path)
 
     def forward(path: str | None) -> None:
         with torch.no_grad():

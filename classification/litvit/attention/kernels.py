@@ -76,6 +76,13 @@ def _locate(tiles, heads):
 
 
 @triton.jit
+def _split(qkv, image, head, heads, N, D: tl.constexpr):
+    """The first token's query, key and value, and how far apart tokens are."""
+    q = qkv + (image * N * 3 * heads + head) * D
+    return q, q + heads * D, q + 2 * heads * D, 3 * heads * D
+
+
+@triton.jit
 def _attend(
     top, total, acc, query, table, places, k, v, first, stride, N, w, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
@@ -96,16 +103,15 @@ def _attend(
 
 @triton.jit(do_not_specialize=["heads", "N", "w"])
 def _forward(
-    q, k, v, table, out, lse, image_stride, head_stride, stride, heads, N, w, scale,
+    qkv, table, out, lse, heads, N, w, scale,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of queries, all keys."""
     tile, head, image = _locate((N + ROWS - 1) // ROWS, heads)
-    start = image * image_stride + head * head_stride
-    k, v = k + start, v + start
+    q, k, v, stride = _split(qkv, image, head, heads, N, D)
     middle = _place(N - 1, w)
     i = tile * ROWS + tl.arange(0, ROWS)
-    query = _load(q + start, i, stride, N, D)
+    query = _load(q, i, stride, N, D)
     table += head * (2 * middle + 1)
     places = middle + _place(tl.minimum(i, N - 1), w)
 
@@ -146,18 +152,17 @@ def _pull(
 
 @triton.jit(do_not_specialize=["heads", "N", "w"])
 def _backward_q(
-    q, k, v, table, out, lse, grad, delta, grad_q, image_stride, head_stride, stride, heads, N, w, scale,
+    qkv, table, out, lse, grad, delta, grad_qkv, heads, N, w, scale,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of queries, all keys. It also writes delta, every query's product of gradient and output."""
     tile, head, image = _locate((N + ROWS - 1) // ROWS, heads)
-    start = image * image_stride + head * head_stride
-    k, v = k + start, v + start
+    q, k, v, stride = _split(qkv, image, head, heads, N, D)
     own = (image * N * heads + head) * D
     row = (image * heads + head) * N
     middle = _place(N - 1, w)
     i = tile * ROWS + tl.arange(0, ROWS)
-    query = _load(q + start, i, stride, N, D)
+    query = _load(q, i, stride, N, D)
     gradient = _load(grad + own, i, heads * D, N, D)
     output = _load(out + own, i, heads * D, N, D)
     table += head * (2 * middle + 1)
@@ -170,14 +175,17 @@ def _backward_q(
     whole = N // BLOCK * BLOCK
     for j in range(0, whole, BLOCK):
         acc = _pull(
-            acc, query, gradient, sums, drift, table, places, k, v, j, stride, N, w, scale, D, BLOCK, PRECISION, False
+            acc, query, gradient, sums, drift, table, places, k, v, j, stride, N, w, scale,
+            D, BLOCK, PRECISION, False,
         )  # fmt: skip
     if whole < N:
         acc = _pull(
-            acc, query, gradient, sums, drift, table, places, k, v, whole, stride, N, w, scale, D, BLOCK, PRECISION, True
+            acc, query, gradient, sums, drift, table, places, k, v, whole, stride, N, w, scale,
+            D, BLOCK, PRECISION, True,
         )  # fmt: skip
-    at = grad_q + own + i[:, None] * (heads * D) + tl.arange(0, D)[None, :]
-    tl.store(at, (acc * scale).to(grad_q.dtype.element_ty), mask=i[:, None] < N)
+    grad_q = _split(grad_qkv, image, head, heads, N, D)[0]
+    at = i[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(grad_q + at, (acc * scale).to(grad_q.dtype.element_ty), mask=i[:, None] < N)
 
 
 @triton.jit
@@ -205,19 +213,18 @@ def _push(
 
 @triton.jit(do_not_specialize=["heads", "N", "w"])
 def _backward_kv(
-    q, k, v, table, lse, grad, delta, grad_k, grad_v, image_stride, head_stride, stride, heads, N, w, scale,
+    qkv, table, lse, grad, delta, grad_qkv, heads, N, w, scale,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of keys, all queries."""
     tile, head, image = _locate((N + ROWS - 1) // ROWS, heads)
-    start = image * image_stride + head * head_stride
-    own = (image * N * heads + head) * D
+    q, k, v, stride = _split(qkv, image, head, heads, N, D)
     row = (image * heads + head) * N
-    q, grad, lse, delta = q + start, grad + own, lse + row, delta + row
+    grad, lse, delta = grad + (image * N * heads + head) * D, lse + row, delta + row
     middle = _place(N - 1, w)
     j = tile * ROWS + tl.arange(0, ROWS)
-    key = _load(k + start, j, stride, N, D)
-    value = _load(v + start, j, stride, N, D)
+    key = _load(k, j, stride, N, D)
+    value = _load(v, j, stride, N, D)
     table += head * (2 * middle + 1)
     places = middle - _place(tl.minimum(j, N - 1), w)
 
@@ -234,15 +241,15 @@ def _backward_kv(
             k_acc, v_acc, key, value, table, places, q, grad, lse, delta, whole, stride, heads * D, N, w, scale,
             D, BLOCK, PRECISION, True,
         )  # fmt: skip
-    at = own + j[:, None] * (heads * D) + tl.arange(0, D)[None, :]
+    _, grad_k, grad_v, _ = _split(grad_qkv, image, head, heads, N, D)
+    at = j[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(grad_k + at, (k_acc * scale).to(grad_k.dtype.element_ty), mask=j[:, None] < N)
     tl.store(grad_v + at, v_acc.to(grad_v.dtype.element_ty), mask=j[:, None] < N)
 
 
 @triton.jit(do_not_specialize=["images", "share", "run", "heads", "N", "w"])
 def _backward_table(
-    q, k, v, table, lse, grad, delta, grad_table,
-    images, share, run, image_stride, head_stride, stride, heads, N, w, scale,
+    qkv, table, lse, grad, delta, grad_table, images, share, run, heads, N, w, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of (query, key) of all pairs of runs that lie the same number of runs apart, in `share` images.
@@ -268,7 +275,8 @@ def _backward_table(
 
     acc = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     i = begin
-    start = first * image_stride + head * head_stride
+    q, k, v, stride = _split(qkv, first, head, heads, N, D)
+    start = tl.zeros((), tl.int64)
     own = (first * N * heads + head) * D
     row = (first * heads + head) * N
     pairs = tl.minimum(share, images - first).to(tl.int32) * (runs - tl.abs(shift))
@@ -283,7 +291,7 @@ def _backward_table(
         acc += p * (_dot(gradient, tl.trans(value), None, PRECISION) - drift[:, None])
         last = i + run == end
         i = tl.where(last, begin, i + run)
-        start += tl.where(last, image_stride, 0)
+        start += tl.where(last, N * stride, 0)
         own += tl.where(last, N * heads * D, 0)
         row += tl.where(last, N * heads, 0)
     at = grad_table + (plane * run + xi[:, None]) * size + place
@@ -291,50 +299,47 @@ def _backward_table(
 
 
 @torch.library.custom_op("litvit::relative_attention", mutates_args=())
-def relative_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, w: int) -> tuple[Tensor, Tensor]:
+def relative_attention(qkv: Tensor, table: Tensor, w: int) -> tuple[Tensor, Tensor]:
     """Attention of the tokens of a map of w columns, differentiable; see `litvit.attention.relative_attention`.
 
     Args:
-        q: queries, (B, heads, N, D), of a type and D that `litvit.attention.relative_attention` names.
-        k: keys, likewise.
-        v: values, likewise.
+        qkv: queries, keys and values, (B, N, 3, heads, D), of a type and D that `litvit.attention.relative_attention`
+            names.
         table: (heads, 2h - 1, 2w - 1), of any floating type.
         w: columns of the map.
 
     Returns:
-        (B, heads, N, D), and the binary logarithm of every query's sum of exponentials, (B, heads, N) in float32, which
+        (B, N, heads, D), and the binary logarithm of every query's sum of exponentials, (B, heads, N) in float32, which
         has no gradient.
     """
-    q, k, v, table = _side_by_side(q, k, v, table)
-    B, heads, N, D = q.shape
-    out, lse = _like_tokens(q), q.new_empty((B, heads, N), dtype=torch.float32)
-    rows, block = _tiles(q)
+    qkv, table = qkv.contiguous(), table.float().contiguous()
+    B, N, _, heads, D = qkv.shape
+    out, lse = qkv.new_empty((B, N, heads, D)), qkv.new_empty((B, heads, N), dtype=torch.float32)
+    rows, block = _tiles(qkv)
     grid = (triton.cdiv(N, rows) * heads * B,)
-    numbers = (*q.stride()[:3], heads, N, w, D**-0.5, D)
-    with torch.cuda.device_of(q):
-        _forward[grid](q, k, v, table, out, lse, *numbers, ROWS=rows, BLOCK=block, **_options(q))
+    with torch.cuda.device_of(qkv):
+        _forward[grid](
+            qkv, table, out, lse, heads, N, w, D**-0.5, D, ROWS=rows, BLOCK=block, **_options(qkv)
+        )  # fmt: skip
     return out, lse
 
 
 @relative_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, w: int) -> tuple[Tensor, Tensor]:
-    return _like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(qkv: Tensor, table: Tensor, w: int) -> tuple[Tensor, Tensor]:
+    B, N, _, heads, D = qkv.shape
+    return qkv.new_empty((B, N, heads, D)), qkv.new_empty((B, heads, N), dtype=torch.float32)
 
 
 @torch.library.custom_op("litvit::relative_attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, out: Tensor, lse: Tensor, w: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, w: int) -> tuple[Tensor, Tensor]:
     dtype = table.dtype
-    q, k, v, table = _side_by_side(q, k, v, table)
-    grad, out = (x.transpose(1, 2).contiguous() for x in (grad, out))
-    B, heads, N, D = q.shape
-    numbers = (*q.stride()[:3], heads, N, w, D**-0.5, D)
-    rows, block = _tiles(q)
-    options = _options(q)
+    grad, qkv, table = grad.contiguous(), qkv.contiguous(), table.float().contiguous()
+    B, N, _, heads, D = qkv.shape
+    numbers = (heads, N, w, D**-0.5, D)
+    rows, block = _tiles(qkv)
+    options = _options(qkv)
     grid = (triton.cdiv(N, rows) * heads * B,)
-    grad_q, grad_k, grad_v = (_like_tokens(q) for _ in range(3))
-    delta = torch.empty_like(lse)
+    grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     run = _run(B, N // w, w, block, 2**25 // (heads * table[0].numel()))
     table_programs = triton.cdiv(run, block) ** 2 * (2 * (N // run) - 1) * heads
     # Enough programs for a large GPU, of eight images or more.
@@ -342,31 +347,28 @@ def _backward(
     shares = triton.cdiv(B, share)
     grad_table = table.new_zeros((shares, heads, run, *table.shape[1:]))
     # Wide float32 heads leave no room to copy tiles ahead in the shared memory of GPUs but the largest.
-    stages = 3 if D * q.element_size() <= 128 else 1
-    with torch.cuda.device_of(q):
+    stages = 3 if D * qkv.element_size() <= 128 else 1
+    with torch.cuda.device_of(qkv):
         _backward_q[grid](
-            q, k, v, table, out, lse, grad, delta, grad_q, *numbers, ROWS=rows, BLOCK=block, **options
+            qkv, table, out, lse, grad, delta, grad_qkv, *numbers, ROWS=rows, BLOCK=block, **options
         )  # fmt: skip
         _backward_kv[grid](
-            q, k, v, table, lse, grad, delta, grad_k, grad_v, *numbers, ROWS=rows, BLOCK=32, **options
+            qkv, table, lse, grad, delta, grad_qkv, *numbers, ROWS=rows, BLOCK=32, **options
         )  # fmt: skip
         _backward_table[(shares * table_programs,)](
-            q, k, v, table, lse, grad, delta, grad_table, B, share, run, *numbers,
-            BLOCK=block, STAGES=stages, **options,
+            qkv, table, lse, grad, delta, grad_table, B, share, run, *numbers, BLOCK=block, STAGES=stages, **options
         )  # fmt: skip
-    return grad_q, grad_k, grad_v, grad_table.sum((0, 2)).to(dtype)
+    return grad_qkv, grad_table.sum((0, 2)).to(dtype)
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, out: Tensor, lse: Tensor, w: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like_tokens(q), _like_tokens(q), _like_tokens(q), table.new_empty(table.shape)
+def _(grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, w: int) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.w = inputs
-    ctx.save_for_backward(*tensors, *output)
+    qkv, table, ctx.w = inputs
+    ctx.save_for_backward(qkv, table, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -377,28 +379,15 @@ def _differentiate(ctx, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
 relative_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def _side_by_side(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values of the same strides, as they come out of one projection, and the table in float32."""
-    if q.stride(3) != 1 or not q.stride() == k.stride() == v.stride():
-        q, k, v = torch.stack((q, k, v)).unbind(0)
-    return q, k, v, table.float().contiguous()
-
-
-def _like_tokens(q: Tensor) -> Tensor:
-    """An empty (B, heads, N, D) that lies in memory as (B, N, heads, D), ready to have its heads joined."""
-    B, heads, N, D = q.shape
-    return q.new_empty((B, N, heads, D)).transpose(1, 2)
-
-
-def _tiles(q: Tensor) -> tuple[int, int]:
+def _tiles(qkv: Tensor) -> tuple[int, int]:
     """Tokens of a program's own tile, and of those that it goes through: what is fast and fits the registers."""
-    size = q.shape[3] * q.element_size()
+    size = qkv.shape[4] * qkv.element_size()
     return 64 if size <= 128 else 32, 64 if size <= 64 else 32
 
 
-def _options(q: Tensor) -> dict[str, int | str]:
+def _options(qkv: Tensor) -> dict[str, int | str]:
     # Copying tiles ahead (num_stages) slows all kernels but one, which asks for it in its loop.
-    return {"PRECISION": product_precision(q.dtype), "num_warps": 4, "num_stages": 1}
+    return {"PRECISION": product_precision(qkv.dtype), "num_warps": 4, "num_stages": 1}
 
 
 def _run(images: int, h: int, w: int, block: int, limit: int) -> int:

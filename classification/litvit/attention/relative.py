@@ -15,9 +15,7 @@ from litvit.errors import InputError
 PATHS = ("plain", "sdpa", "triton")
 
 
-def relative_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, int], path: str | None = None
-) -> Tensor:
+def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: str | None = None) -> Tensor:
     """Compute softmax(q k^T / sqrt(d) + bias) v, with a learned bias for every difference in position.
 
     The bias of query (yi, xi) and key (yj, xj) is table[head, yi - yj + h - 1, xi - xj + w - 1]. Three paths compute
@@ -30,40 +28,36 @@ def relative_attention(
     - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
 
     Args:
-        q: queries, (B, heads, N, d).
-        k: keys, (B, heads, N, d).
-        v: values, (B, heads, N, d).
+        qkv: queries, keys and values as they come out of one projection, (B, N, 3, heads, d).
         table: (heads, 2h - 1, 2w - 1), of any floating type.
         grid: (h, w).
         path: "plain", "sdpa" or "triton" to force it; None for what the environment variable LIT_ATTENTION names, or
             without it for the choice above.
 
     Returns:
-        (B, heads, N, d).
+        (B, N, heads, d).
 
     Raises:
         InputError: an unknown path, or one that cannot take these tokens.
         ValueError: shapes that do not fit.
     """
     h, w = grid
-    if q.dim() != 4:
-        raise ValueError(f"q, k and v must be (B, heads, {h} * {w}, d), got {tuple(q.shape)}")
-    _, heads, N, d = q.shape
-    if not q.shape == k.shape == v.shape or h * w != N:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k and v must be (B, heads, {h} * {w}, d), got {shapes}")
+    if qkv.dim() != 5 or tuple(qkv.shape[1:3]) != (h * w, 3):
+        raise ValueError(f"qkv must be (B, {h} * {w}, 3, heads, d), got {tuple(qkv.shape)}")
+    heads, d = qkv.shape[3:]
     if tuple(table.shape) != (heads, 2 * h - 1, 2 * w - 1):
         raise ValueError(f"table must be {(heads, 2 * h - 1, 2 * w - 1)}, got {tuple(table.shape)}")
-    path = _choose(q, path)
+    path = _choose(qkv, path)
     if path == "triton":
         from litvit.attention import kernels
 
-        return kernels.relative_attention(q, k, v, table, w)[0]
+        return kernels.relative_attention(qkv, table, w)[0]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     bias = relative_position_bias(table, grid).to(q.dtype)
     if path == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
     scores = (q * d**-0.5) @ k.transpose(-2, -1)
-    return scores.add_(bias).softmax(-1) @ v
+    return (scores.add_(bias).softmax(-1) @ v).transpose(1, 2)
 
 
 def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -88,25 +82,25 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return windows.flip(3, 4).reshape(1, -1, h * w, h * w)
 
 
-def _choose(q: Tensor, path: str | None) -> str:
+def _choose(qkv: Tensor, path: str | None) -> str:
     path = path or os.environ.get("LIT_ATTENTION")
     if path and path not in PATHS:
         raise InputError(f"the path of attention must be one of {', '.join(PATHS)}, got {path!r}")
-    if path == "triton" and not _kernels_take(q):
+    if path == "triton" and not _kernels_take(qkv):
         raise InputError(
             "attention's path 'triton' needs Triton, a GPU of compute capability 8.0, float32, bfloat16 or float16 "
-            f"and heads of 16, 32, 64 or 128 channels, got {q.dtype} on {q.device.type} with {q.shape[3]}"
+            f"and heads of 16, 32, 64 or 128 channels, got {qkv.dtype} on {qkv.device.type} with {qkv.shape[4]}"
         )
     if path:
         return path
-    if q.is_cuda and _kernels_take(q):
+    if qkv.is_cuda and _kernels_take(qkv):
         return "triton"
     # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
-    return "plain" if q.device.type == "cpu" and recorded else "sdpa"
+    return "plain" if qkv.device.type == "cpu" and recorded else "sdpa"
 
 
-def _kernels_take(q: Tensor) -> bool:
-    if q.dtype not in TRITON_DTYPES or q.shape[3] not in (16, 32, 64, 128):
+def _kernels_take(qkv: Tensor) -> bool:
+    if qkv.dtype not in TRITON_DTYPES or qkv.shape[4] not in (16, 32, 64, 128):
         return False
-    return interprets_triton(q.device) or runs_triton(q.device)
+    return interprets_triton(qkv.device) or runs_triton(qkv.device)

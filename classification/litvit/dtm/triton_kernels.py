@@ -12,7 +12,7 @@ matrix product run in float32, coordinates in float32. The semantics are those o
 what lies outside the map weighs 0, NaN gives NaN, the slope at whole positions is the one from the right.
 """
 
-# ruff: noqa: E741, N803 (kernels take sizes as arguments)
+# ruff: noqa: N803 (kernels take sizes as arguments)
 
 import torch
 import triton

@@ -54,12 +54,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)
         if self.relative_position_bias_table is None:
-            x = F.scaled_dot_product_attention(q, k, v)
+            x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
         else:
-            x = relative_attention(q, k, v, resize_relative_table(self.relative_position_bias_table, grid), grid)
-        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+            x = relative_attention(qkv, resize_relative_table(self.relative_position_bias_table, grid), grid)
+        return self.proj(x.reshape(B, N, C))
 
 
 class Block(nn.Module):

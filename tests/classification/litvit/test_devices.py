@@ -85,12 +85,12 @@ def test_token_merging(compile_for, capability, dtype):
 @GPUS
 def test_attention(compile_for, capability, dtype):
     h, w, heads, d = 20, 33, 2, 32  # the published heads
-    q, k, v = torch.randn(1, h * w, 3, heads, d, dtype=dtype).permute(2, 0, 3, 1, 4)
+    qkv = torch.randn(1, h * w, 3, heads, d, dtype=dtype)
     table = torch.randn(heads, 2 * h - 1, 2 * w - 1)
 
     def both():
-        out, lse = attention.relative_attention(q, k, v, table, w)
-        attention._backward(out, q, k, v, table, out, lse, w)
+        out, lse = attention.relative_attention(qkv, table, w)
+        attention._backward(out, qkv, table, out, lse, w)
 
     kernels = compile_for(capability, both)
     assert [name for name, _ in kernels] == ["_forward", "_backward_q", "_backward_kv", "_backward_table"]

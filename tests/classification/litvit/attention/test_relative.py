@@ -10,13 +10,14 @@ from litvit.errors import InputError
 def _tensors(grid, heads=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     h, w = grid
-    shapes = [(2, heads, h * w, 8)] * 3 + [(heads, 2 * h - 1, 2 * w - 1)]
+    shapes = (2, h * w, 3, heads, 8), (heads, 2 * h - 1, 2 * w - 1)
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def _defined(q, k, v, table, grid):
+def _defined(qkv, table, grid):
     """A score at a time."""
     h, w = grid
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
     places = [(y, x) for y in range(h) for x in range(w)]
     out = []
     for i, (yi, xi) in enumerate(places):
@@ -26,7 +27,7 @@ def _defined(q, k, v, table, grid):
         ]
         weights = torch.stack(scores, dim=-1).softmax(-1)
         out.append((weights.unsqueeze(-1) * v).sum(-2))
-    return torch.stack(out, dim=-2)
+    return torch.stack(out, dim=1)
 
 
 @pytest.mark.parametrize("path", [None, "plain", "sdpa"])
@@ -58,10 +59,10 @@ def test_bias_is_the_table_of_differences():
 @pytest.mark.parametrize("path", ["plain", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_with_a_table_of_more(dtype, path):
-    *tokens, table = (x.detach() for x in _tensors((3, 4)))
-    tokens = [x.to(dtype) for x in tokens]
-    expected = _defined(*(x.double() for x in tokens), table, (3, 4))
-    out = relative_attention(*tokens, table.float().requires_grad_(), (3, 4), path)
+    qkv, table = (x.detach() for x in _tensors((3, 4)))
+    qkv = qkv.to(dtype)
+    expected = _defined(qkv.double(), table, (3, 4))
+    out = relative_attention(qkv, table.float().requires_grad_(), (3, 4), path)
     assert out.dtype == dtype
     assert (out.double() - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
 
@@ -94,7 +95,11 @@ def test_kernels_refuse_what_they_cannot_take(monkeypatch):
 
 @pytest.mark.parametrize(
     ("changed", "shape", "message"),
-    [(0, (2, 2, 5, 8), r"\(B, heads, 2 \* 3, d\)"), (2, (2, 2, 6, 4), "q, k and v"), (3, (2, 5, 3), "table must be")],
+    [
+        (0, (2, 5, 3, 2, 8), r"qkv must be \(B, 2 \* 3, 3, heads, d\), got \(2, 5, 3, 2, 8\)"),
+        (0, (2, 6, 48), "qkv must be"),
+        (1, (2, 5, 3), "table must be"),
+    ],
 )
 def test_shapes_that_do_not_fit(changed, shape, message):
     tensors = _tensors((2, 3))
