@@ -83,7 +83,8 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _choose(qkv: Tensor, path: str | None) -> str:
-    path = path or os.environ.get("LIT_ATTENTION")
+    if not qkv.is_meta:  # where operations are only counted
+        path = path or os.environ.get("LIT_ATTENTION")
     if path and path not in PATHS:
         raise InputError(f"the path of attention must be one of {', '.join(PATHS)}, got {path!r}")
     if path == "triton" and not _kernels_take(qkv):
