@@ -29,7 +29,7 @@ MIB = 2**20
 
 HELP = f"""{__doc__}
 On one GPU, `pytest -m gpu` in the project's folder shows whether the kernels compute right there, and these lines,
-whether the goals are met (on an H200; the goal of each: benchmark.py DOOR --help):
+whether the goals are met (the goal of each: benchmark.py DOOR --help; compiled pairs take minutes each):
 
   python benchmark.py table1 --amp-dtype bfloat16 --json table1.json
   for pair in "lit_ti pvt_v2_b2" "lit_s swin_tiny_patch4_window7_224" \\
@@ -315,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if getattr(args, "amp_dtype", None) and args.dtype != "float32":
         raise InputError(f"--amp-dtype {args.amp_dtype} is for --dtype float32, not {args.dtype}")
+    is_new = args.json and not args.json.exists()
     if args.json:
         try:
             args.json.open("a").close()  # before anything is measured
@@ -326,10 +327,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = args.tf32  # convolutions by the rule of matrix products
     if args.tf32:
         torch.set_float32_matmul_precision("high")
+    rows = None
     try:
         rows = args.measure(args)
     except torch.cuda.OutOfMemoryError:
         raise InputError("the GPU's memory is too small: choose smaller inputs, or fewer models") from None
+    finally:
+        if rows is None and is_new:
+            args.json.unlink()
     environment = _environment(args)
     print(environment, end="\n\n")
     _print_markdown(args.table(rows))

@@ -12,8 +12,9 @@ TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 @torch.compiler.assume_constant_result
 def runs_triton(device: torch.device) -> bool:
-    """Whether the kernels run on a device: a GPU of compute capability 8.0 or more."""
-    return TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether the kernels run on a device: an NVIDIA GPU of compute capability 8.0 or more."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return TRITON and nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def interprets_triton(device: torch.device) -> bool:

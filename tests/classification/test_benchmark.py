@@ -134,3 +134,12 @@ def test_wrong_input_is_one_line(run_main, args, message):
     assert outcome.status == 2
     assert message in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_a_measurement_that_fails_leaves_no_file_and_spoils_none(run_main, tmp_path):
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("figures")
+    for file in (new, old):
+        assert run_main(benchmark, "models", "lit_z", "--json", file).status == 2
+    assert not new.exists()
+    assert old.read_text() == "figures"

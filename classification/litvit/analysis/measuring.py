@@ -11,6 +11,7 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
+from tqdm import tqdm
 
 Call = Callable[[], object]
 GPU_SECONDS = 0.02  # short calls are repeated back to back for as long
@@ -30,14 +31,15 @@ def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.devi
         Median seconds a call.
     """
     times = {}
-    for name, call in calls.items():
+    progress = {"leave": False, "disable": None}  # on a terminal alone
+    for name, call in tqdm(calls.items(), desc="warm-up", **progress):
         for _ in range(WARM_UP if device.type == "cuda" else 1):
             _seconds(call, 1, device)
         times[name] = 1
         if device.type == "cuda":
             times[name] = min(20, math.ceil(GPU_SECONDS / max(_seconds(call, 1, device), 1e-6)))
     seconds = {name: [] for name in calls}
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), desc="rounds", **progress):
         for name, call in calls.items():
             seconds[name].append(_seconds(call, times[name], device))
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -343,7 +343,7 @@ def _backward(grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor
     run = _run(B, N // w, w, block, 2**25 // (heads * table[0].numel()))
     table_programs = triton.cdiv(run, block) ** 2 * (2 * (N // run) - 1) * heads
     # Enough programs for a large GPU, of eight images or more.
-    share = triton.cdiv(B, max(1, min(B // 8, triton.cdiv(512, table_programs))))
+    share = triton.cdiv(max(B, 1), max(1, min(B // 8, triton.cdiv(512, table_programs))))
     shares = triton.cdiv(B, share)
     grad_table = table.new_zeros((shares, heads, run, *table.shape[1:]))
     # Wide float32 heads leave no room to copy tiles ahead in the shared memory of GPUs but the largest.

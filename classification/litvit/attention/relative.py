@@ -24,7 +24,8 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
     - "triton", on CUDA: kernels that look the bias up in the table, forward and backward, and write no N x N numbers.
       They take float32 (as TF32 where torch's matrix products do), bfloat16 and float16, heads of 16, 32, 64 or 128
       channels, and need compute capability 8.0. LIT_TRITON=0 in the environment forbids them.
-    - "plain", on a CPU where gradients are recorded: matrix products and softmax, with the bias written out.
+    - "plain", on a CPU where gradients are recorded or, not compiled, the tokens have 16 bits: matrix products and
+      softmax, with the bias written out.
     - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
 
     Args:
@@ -96,9 +97,13 @@ def _choose(qkv: Tensor, path: str | None) -> str:
         return path
     if qkv.is_cuda and _kernels_take(qkv):
         return "triton"
-    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. Traces are for inference.
+    if qkv.device.type != "cpu":
+        return "sdpa"
+    # A CPU's scaled_dot_product_attention is slower with a bias that needs a gradient, and in 16 bits if the rest is not
+    # compiled into few loops. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
-    return "plain" if qkv.device.type == "cpu" and recorded else "sdpa"
+    short = qkv.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
+    return "plain" if recorded or short else "sdpa"
 
 
 def _kernels_take(qkv: Tensor) -> bool:

@@ -75,7 +75,9 @@ def _assert_near(ours, reference, tolerance):
         ((5, 7), {"batch": 2, "heads": 3}),
         ((1, 9), {"d": 64}),
         ((13, 6), {}),  # two tiles, the second not full
-        ((6, 44), {}),  # too large for the table's gradient to take all rows together; two tiles a row
+        ((6, 11), {}),  # the table's gradient takes three rows together
+        ((6, 44), {}),  # and here a row, of two tiles
+        ((2, 3), {"batch": 17}),  # whose table's gradient is shared out, by 9 and 8 images
     ],
 )
 @on_kernels
