@@ -99,8 +99,8 @@ def _choose(qkv: Tensor, path: str | None) -> str:
         return "triton"
     if qkv.device.type != "cpu":
         return "sdpa"
-    # A CPU's scaled_dot_product_attention is slower with a bias that needs a gradient, and in 16 bits if the rest is not
-    # compiled into few loops. Traces are for inference.
+    # A CPU's scaled_dot_product_attention is slower than the plain path with a bias that needs a gradient, and in 16 bits
+    # where torch.compile has no part in it. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
     short = qkv.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
     return "plain" if recorded or short else "sdpa"
