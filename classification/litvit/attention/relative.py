@@ -99,7 +99,7 @@ def _choose(qkv: Tensor, path: str | None) -> str:
         return "triton"
     if qkv.device.type != "cpu":
         return "sdpa"
-    # A CPU's scaled_dot_product_attention is slower than the plain path with a bias that needs a gradient, and in 16 bits
+    # A CPU's scaled_dot_product_attention is slower than the plain path where the bias needs a gradient, and in 16 bits
     # where torch.compile has no part in it. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
     short = qkv.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
