@@ -51,7 +51,7 @@ Memory (GPU only) is that of each model alone, with weights, gradients and optim
 
 Goals on a GPU: in inference more than the published ratios; in training less memory than the counterpart (ratios below
 1). On two CPU cores (float32 or autocast, batch 8): LIT-S 1.2 in inference (compiled 1.25) and 1.1 in training, LIT-M
-and LIT-B 1.1.
+and LIT-B 1.1 in inference.
 """
 DTM_HELP = """\
 Deformable token merging, the three shapes of a model, beside a linear merge (2 x 2, stride 2) and the operators of

@@ -346,7 +346,7 @@ def _backward(grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor
     share = triton.cdiv(max(B, 1), max(1, min(B // 8, triton.cdiv(512, table_programs))))
     shares = triton.cdiv(B, share)
     grad_table = table.new_zeros((shares, heads, run, *table.shape[1:]))
-    # Wide float32 heads leave no room to copy tiles ahead in the shared memory of GPUs but the largest.
+    # Wide heads leave no room to copy tiles ahead in the shared memory of GPUs but the largest.
     stages = 3 if D * qkv.element_size() <= 128 else 1
     with torch.cuda.device_of(qkv):
         _backward_q[grid](
@@ -380,7 +380,7 @@ relative_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def _tiles(qkv: Tensor) -> tuple[int, int]:
-    """Tokens of a program's own tile, and of those that it goes through: what is fast and fits the registers."""
+    """Tokens of a program's own tile, and of those that it goes through: fastest on an H100 for heads of 32."""
     size = qkv.shape[4] * qkv.element_size()
     return 64 if size <= 128 else 32, 64 if size <= 64 else 32
 

@@ -21,11 +21,10 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
     The bias of query (yi, xi) and key (yj, xj) is table[head, yi - yj + h - 1, xi - xj + w - 1]. Three paths compute
     the same:
 
-    - "triton", on CUDA: kernels that look the bias up in the table, forward and backward, and write no N x N numbers.
-      They take float32 (as TF32 where torch's matrix products do), bfloat16 and float16, heads of 16, 32, 64 or 128
-      channels, and need compute capability 8.0. LIT_TRITON=0 in the environment forbids them.
-    - "plain", on a CPU where gradients are recorded or, not compiled, the tokens have 16 bits: matrix products and
-      softmax, with the bias written out.
+    - "triton", on CUDA: kernels that look the bias up in the table, forward and backward, and write no N x N scores
+      or bias. They take float32 (as TF32 where torch's matrix products do), bfloat16 and float16, heads of 16, 32, 64
+      or 128 channels, and need compute capability 8.0. LIT_TRITON=0 in the environment forbids them.
+    - "plain", on a CPU where gradients are recorded: matrix products and softmax, with the bias written out.
     - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
 
     Args:
@@ -97,13 +96,9 @@ def _choose(qkv: Tensor, path: str | None) -> str:
         return path
     if qkv.is_cuda and _kernels_take(qkv):
         return "triton"
-    if qkv.device.type != "cpu":
-        return "sdpa"
-    # A CPU's scaled_dot_product_attention is slower than the plain path where the bias needs a gradient, and in 16 bits
-    # where torch.compile has no part in it. Traces are for inference.
+    # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
-    short = qkv.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
-    return "plain" if recorded or short else "sdpa"
+    return "plain" if qkv.device.type == "cpu" and recorded else "sdpa"
 
 
 def _kernels_take(qkv: Tensor) -> bool:

@@ -1,14 +1,14 @@
 """Deformable convolution on a GPU: Triton kernels, seen by autograd and torch.compile as one operator.
 
 Forward reads patches bilinearly (`_read_patches`) and has torch multiply them with the weight. A kernel that does both
-reads each patch again for every 256 channels out, and is no faster for few of them. Patches are not kept: backward
+reads each patch again for every 256 channels out: as fast for fewer, slower for more. Patches are not kept: backward
 reads them again beside its two matrix products, which gives the gradient of the offsets too. The gradient of the tokens
 scatters patches to four tokens each; adding them up in memory would cost sixteen atomic additions a channel and output
 token and a float32 buffer. Instead the patches are listed by the token they touch, a counting sort of integers
 (`_list_patches`), and every token sums its own list in float32 (`_sum_patches`).
 
-Shape letters as in `deform_conv`; M = B*h*w tokens out, a patch is one of the k*k taps of a token out. Sums over the
-matrix product run in float32, coordinates in float32. The semantics are those of the plain formulation to the letter:
+Shape letters as in `deform_conv`; M = B*h*w tokens out, a patch is one of the k*k taps of a token out. Coordinates are
+float32, and all sums but those of torch's products. The semantics are those of the plain formulation to the letter:
 what lies outside the map weighs 0, NaN gives NaN, the slope at whole positions is the one from the right.
 """
 
@@ -193,7 +193,7 @@ def deform_conv(x: Tensor, offset: Tensor, matrix: Tensor, bias: Tensor | None, 
     _launch_read_patches(x, offset, patches, None, None, k)
     with torch.autocast(x.device.type, enabled=False):
         out = patches @ matrix.T if bias is None else torch.addmm(bias.to(matrix.dtype), patches, matrix.T)
-    return out.view(*offset.shape[:3], -1)
+    return out.view(*offset.shape[:3], matrix.shape[0])
 
 
 @deform_conv.register_fake
@@ -209,15 +209,17 @@ def deform_conv_backward(
     x, offset = x.contiguous(), offset.contiguous()
     sizes = _sizes(x, offset)
     M, C = sizes["M"], x.shape[3]
-    grad = grad.reshape(M, -1)
-    patch_grad = grad @ matrix
+    grad = grad.reshape(M, matrix.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        patch_grad = grad @ matrix
     patches, x_grad, offset_grad = torch.empty_like(patch_grad), torch.empty_like(x), torch.empty_like(offset)
     tokens = x.shape[:3].numel()
     count = torch.zeros(tokens, dtype=torch.int32, device=x.device)
     listed_patch = count.new_empty(4 * M * k * k)
     listed_weight = torch.empty_like(listed_patch, dtype=torch.float32)
     _launch_read_patches(x, offset, patches, patch_grad, offset_grad, k)
-    matrix_grad = grad.T @ patches
+    with torch.autocast(x.device.type, enabled=False):
+        matrix_grad = grad.T @ patches
     with torch.cuda.device_of(x):
         list_grid = (triton.cdiv(M * k * k, 256),)
         lists = (offset, count, count, listed_patch, listed_weight)
@@ -246,9 +248,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     bias_grad = None
     if ctx.bias_dtype is not None:  # in two steps: torch sums few long columns on few of a GPU's processors
         bias_grad = grad.sum(2, dtype=torch.float32).sum((0, 1)).to(ctx.bias_dtype)
-    with torch.autocast(grad.device.type, enabled=False):  # which backward may run in, though forward did not
-        grads = deform_conv_backward(grad, *ctx.saved_tensors, ctx.k)
-    return *grads, bias_grad, None
+    return *deform_conv_backward(grad, *ctx.saved_tensors, ctx.k), bias_grad, None
 
 
 deform_conv.register_autograd(_backward, setup_context=_setup_context)

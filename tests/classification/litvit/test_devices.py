@@ -61,8 +61,10 @@ def spills(code: str) -> bool:
     """Whether a loop moves registers to memory and back."""
     lines = [line.partition("\t")[2] or line for line in code.splitlines()]
     labels = {line.removesuffix(":"): i for i, line in enumerate(lines) if line.endswith(":")}
-    jumps = ((i, re.search(r"BRA (\w+);", line)) for i, line in enumerate(lines))
-    loops = ("\n".join(lines[labels[jump[1]] : i]) for i, jump in jumps if jump and labels[jump[1]] < i)
+    jumps = ((i, re.search(r"BRA(?:\.U)? (\w+);", line)) for i, line in enumerate(lines))
+    # Triton cuts long listings off: labels after that are ahead of all jumps.
+    starts = ((labels.get(jump[1], len(lines)), i) for i, jump in jumps if jump)
+    loops = ("\n".join(lines[start:end]) for start, end in starts if start < end)
     return any(re.search(r"\b(STL|LDL)\b", loop) for loop in loops)
 
 

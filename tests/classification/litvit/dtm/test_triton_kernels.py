@@ -155,6 +155,26 @@ def test_autocast_takes_tokens_and_parameters_as_they_come():
 
 
 @on_kernels
+def test_float32_stays_so_where_backward_alone_runs_under_autocast():
+    from litvit.dtm.triton_kernels import deform_conv_backward
+
+    x, offset, weight, _ = (tensor.to(DEVICE) for tensor in _tensors(C=16))
+    arguments = torch.randn(2, 3, 4, 7, device=DEVICE), x, offset, weight.permute(0, 2, 3, 1).flatten(1), 2
+    expected = deform_conv_backward(*arguments)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = deform_conv_backward(*arguments)
+    torch.testing.assert_close(ours, expected)
+
+
+@on_kernels
+def test_no_images():
+    leaves = [tensor.to(DEVICE).requires_grad_() for tensor in _tensors(B=0)]
+    out = deform_conv_tokens(*leaves, triton=True)
+    assert out.shape == (0, 3, 4, 7)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), leaves))
+
+
+@on_kernels
 def test_bfloat16_keeps_the_fraction_of_columns_above_256():
     x = torch.zeros(1, 2, 320, 1, dtype=torch.bfloat16, device=DEVICE)
     x[:, :, 301] = 8
@@ -215,7 +235,7 @@ def test_deterministic_mode_repeats_itself():
 def test_neither_forward_nor_backward_waits_for_the_gpu():
     tensors = [tensor.cuda() for tensor in _tensors(2, 8, 8, 32, 64, dtype=torch.bfloat16)]
     gradient = torch.randn(2, 4, 4, 64, device="cuda")
-    _run(tensors, gradient)  # chooses tiles
+    _run(tensors, gradient)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         _run(tensors, gradient)
