@@ -1,6 +1,7 @@
 """Measure LIT beside its peers, and the parts that it is made of.
 
-What is compared runs interleaved in one process, so that a busy machine slows all alike; figures are medians.
+What is compared runs interleaved in one process, so that a machine that slows down slows all; figures are medians. On
+a CPU nothing else may want the same cores: beside a busy process ratios are off by more than what they tell.
 """
 
 import argparse
@@ -306,7 +307,7 @@ def _parser() -> cli.ArgumentParser:
     data.set_defaults(device=torch.device("cpu"), threads=None, tf32=False)
     data.add_argument("--model", default="lit_s", metavar="NAME", help="whose recipe (lit_s)")
     data.add_argument("--image-size", type=_size, default=(500, 375), metavar="WxH", help="of the files (500x375)")
-    data.add_argument("--images", type=_positive, default=128, metavar="N", help="files (128)")
+    data.add_argument("--images", type=_positive, default=128, metavar="N", help="files, an even number (128)")
     return parser
 
 
@@ -330,8 +331,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = None
     try:
         rows = args.measure(args)
-    except torch.cuda.OutOfMemoryError:
-        raise InputError("the GPU's memory is too small: choose smaller inputs, or fewer models") from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError("the memory is too small: choose smaller inputs, or fewer models") from None
     finally:
         if rows is None and is_new:
             args.json.unlink()

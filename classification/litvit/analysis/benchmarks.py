@@ -27,6 +27,7 @@ from litvit.analysis.measuring import interleaved_medians, peak_memory
 from litvit.attention import PATHS, relative_attention
 from litvit.dtm import deform_conv_tokens
 from litvit.errors import InputError
+from litvit.models.lit import Attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PUBLISHED_LVT = Path(__file__).parents[3] / "tests/classification/litvit/models/published_lvt.py"
@@ -396,6 +397,10 @@ def _backbone(spec: str, size: tuple[int, int], args: argparse.Namespace) -> nn.
         model = timm.create_model(name, features_only=True, **({"img_size": size} if fixed else {}))
     except (RuntimeError, TypeError, AssertionError) as error:
         raise InputError(f"{name} is no backbone for images of {size[0]} x {size[1]}: {error}") from None
+    if path and not any(
+        isinstance(m, Attention) and m.relative_position_bias_table is not None for m in model.modules()
+    ):
+        raise InputError(f"{spec}: {name} has no path of attention to choose, lit_s, lit_m and lit_b do")
     layout = torch.channels_last if is_convolutional(model) else torch.preserve_format
     return _without_stochastic_depth(model).to(dtype=DTYPES[args.dtype], memory_format=layout).train()
 

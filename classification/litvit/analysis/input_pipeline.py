@@ -17,6 +17,7 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
+from litvit.errors import InputError
 from litvit.training.data import open_train_and_val
 from litvit.training.loaders import eval_loader, train_loader
 from litvit.training.model import build_model, data_settings
@@ -57,6 +58,8 @@ def benchmark_data(args: argparse.Namespace) -> list[dict]:
         A row a pipeline (training, evaluation) and step: milliseconds of processor time an image, medians of `repeats`
         rounds. "all" is the loader as it is used, "rest" what the steps leave of it.
     """
+    if args.images % 2:
+        raise InputError(f"--images must be even, as mixup pairs the images of a batch, not {args.images}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         for split in ("train", "val"):

@@ -20,7 +20,7 @@ WARM_UP = 3  # torch.compile's CUDA graphs are recorded in the second call
 
 
 def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, float]:
-    """Time calls in turn, `repeats` rounds after a warm-up, so that a busy machine slows all alike.
+    """Time calls in turn, `repeats` rounds after a warm-up, so that a machine that slows down slows all.
 
     Args:
         calls: by name.

@@ -51,6 +51,8 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
     if path == "triton":
         from litvit.attention import kernels
 
+        if torch.is_autocast_enabled(qkv.device.type):
+            qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
         return kernels.relative_attention(qkv, table, w)[0]
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     bias = relative_position_bias(table, grid).to(q.dtype)

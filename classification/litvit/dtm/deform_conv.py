@@ -48,6 +48,9 @@ def deform_conv_tokens(
     _check_shapes(x, offset, weight, bias)
     if triton and not (runs_triton(x.device) or interprets_triton(x.device)):
         raise InputError(f"triton=True needs Triton and a GPU of compute capability 8.0, got tokens on {x.device.type}")
+    if triton and not {x.dtype, offset.dtype, weight.dtype} <= TRITON_DTYPES:
+        got = ", ".join(str(tensor.dtype) for tensor in (x, offset, weight))
+        raise InputError(f"triton=True takes float32, bfloat16 and float16, got {got}")
     k = weight.shape[-1]
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     if min(x.shape[1:3]) == 1:

@@ -120,6 +120,16 @@ def test_large_scores_in_any_memory_layout():
 
 
 @on_kernels
+def test_autocast():
+    tensors = _tensors((2, 5), heads=2)
+    reference = _run([x.double() for x in tensors], (2, 5), "plain")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = _run([x.to(DEVICE) for x in tensors], (2, 5))
+    assert [x.dtype for x in ours] == [torch.bfloat16, torch.float32, torch.float32]
+    _assert_near(ours, reference, TOLERANCES[torch.bfloat16])
+
+
+@on_kernels
 def test_torch_compile_sees_one_op():
     from litvit.attention import kernels
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from litvit.dtm import DeformableTokenMerging, deform_conv_tokens
+from litvit.errors import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts bfloat16 off where a GPU rounds it.
@@ -164,6 +165,12 @@ def test_float32_stays_so_where_backward_alone_runs_under_autocast():
     with torch.autocast(DEVICE, torch.bfloat16):
         ours = deform_conv_backward(*arguments)
     torch.testing.assert_close(ours, expected)
+
+
+@on_kernels
+def test_kernels_refuse_float64():
+    with pytest.raises(InputError, match="takes float32, bfloat16 and float16, got torch.float64"):
+        deform_conv_tokens(*(tensor.to(DEVICE) for tensor in _tensors(dtype=torch.float64)), triton=True)
 
 
 @on_kernels
