@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import train
-from PIL import Image
 
 from litvit import cli
 from litvit.training.recipe import parse_settings
@@ -508,16 +507,3 @@ def test_sigterm_to_the_launcher_saves_and_exits_with_75(launch, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED, err
     assert (tmp_path / "run" / CHECKPOINT).is_file()
-
-
-def test_check_data_lists_what_cannot_be_decoded(digits_copy, run_main):
-    from litvit.training import check_data
-
-    assert run_main(check_data, digits_copy, "-j", 1).status == 0
-    Image.new("RGB", (9, 9)).save(digits_copy / "val" / "3" / "half.jpg")
-    content = (digits_copy / "val" / "3" / "half.jpg").read_bytes()
-    (digits_copy / "val" / "3" / "half.jpg").write_bytes(content[: len(content) // 2])
-    outcome = run_main(check_data, digits_copy, "-j", 1)
-    assert outcome.status == 1
-    assert re.search(r"cannot read the image .*val/3/half.jpg", outcome.out)
-    assert "80 + 41 images in 10 classes: 1 cannot be decoded" in outcome.out
