@@ -29,8 +29,8 @@ DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "lvt", "resnet50", P
 MIB = 2**20
 
 HELP = f"""{__doc__}
-On one GPU, `pytest -m gpu` in the project's folder shows whether the kernels compute right there, and these lines,
-whether the goals are met (the goal of each: benchmark.py DOOR --help; compiled pairs take minutes each):
+On one GPU, `pytest -m gpu` in the project's folder (after ./setup_env.sh) shows whether the kernels compute right, and
+these lines, whether the goals are met (the goal of each: benchmark.py DOOR --help; compiled pairs take minutes each):
 
   python benchmark.py table1 --amp-dtype bfloat16 --json table1.json
   for pair in "lit_ti pvt_v2_b2" "lit_s swin_tiny_patch4_window7_224" \\
@@ -133,9 +133,9 @@ def _attention_table(rows: list[dict]) -> list[list[str]]:
     paths = list(rows[0]["milliseconds"])
     ratios = [f"{path} / ours" for path in paths[1:]]
     head = [cell for unit in ("ms", "MiB") for cell in (*(f"{path} {unit}" for path in paths), *ratios)]
-    table = [["images", "attention", "pass", *head]]
+    table = [["images", "attention", "pass", "ours", *head]]
     for row in rows:
-        cells = [row["input"], row["tokens"], row["pass"]]
+        cells = [row["input"], row["tokens"], row["pass"], row["chosen"]]
         for values, unit, digits in ((row["milliseconds"], 1, 3), (row["memory"], MIB, 0)):
             known = values["ours"] is not None
             cells += [f"{values[path] / unit:.{digits}f}" if known else "-" for path in paths]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from litvit import cli
 from litvit.analysis.macs import count_macs
 from litvit.analysis.measuring import interleaved_medians, peak_memory
-from litvit.attention import PATHS, relative_attention
+from litvit.attention import PATHS, choose_path, relative_attention
 from litvit.dtm import deform_conv_tokens
 from litvit.errors import InputError
 from litvit.models.lit import Attention
@@ -150,7 +150,8 @@ def benchmark_attention(args: argparse.Namespace) -> list[dict]:
         args: model, inputs, device, dtype, repeats.
 
     Returns:
-        A row an input, stage and pass: milliseconds and peak bytes by path, queries, keys and values included.
+        A row an input, stage and pass: the path that is chosen, milliseconds and peak bytes by path, queries, keys and
+        values included.
     """
     rows = []
     for batch, height, width in args.inputs:
@@ -161,7 +162,7 @@ def benchmark_attention(args: argparse.Namespace) -> list[dict]:
             stride = 4 * 2**i
             grid = _padded(height) // stride, _padded(width) // stride
             shape = f"stage {i + 1}, {attention.num_heads} heads, {grid[0]} x {grid[1]}"
-            for label, calls in _attention_calls(attention, batch, grid, args).items():
+            for label, (chosen, calls) in _attention_calls(attention, batch, grid, args).items():
                 memory = {path: peak_memory(call, args.device) for path, call in calls.items()}
                 medians = interleaved_medians(calls, args.repeats, args.device)
                 rows.append(
@@ -169,6 +170,7 @@ def benchmark_attention(args: argparse.Namespace) -> list[dict]:
                         "input": f"{batch} x {height} x {width}",
                         "tokens": shape,
                         "pass": PASSES[label],
+                        "chosen": chosen,
                         "milliseconds": {path: 1000 * value for path, value in medians.items()},
                         "memory": memory,
                     }
@@ -178,8 +180,8 @@ def benchmark_attention(args: argparse.Namespace) -> list[dict]:
 
 def _attention_calls(
     attention: nn.Module, batch: int, grid: tuple[int, int], args: argparse.Namespace
-) -> dict[str, dict[str, Callable[[], None]]]:
-    """By pass and path."""
+) -> dict[str, tuple[str, dict[str, Callable[[], None]]]]:
+    """By pass: the path that is chosen, and calls by path."""
     (h, w), heads = grid, attention.num_heads
     dim = attention.proj.in_features // heads
     like = {"device": args.device, "dtype": DTYPES[args.dtype]}
@@ -198,9 +200,12 @@ def _attention_calls(
         torch.autograd.grad(attend(path), (qkv, table), gradient)
 
     paths = {"ours": None, "sdpa": "sdpa", "plain": "plain"}
+    with torch.no_grad():
+        chosen = [choose_path(qkv)]
+    chosen.append(choose_path(qkv))
     return {
-        label: {name: partial(run, path) for name, path in paths.items()}
-        for label, run in zip(PASSES, (forward, both), strict=True)
+        label: (path, {name: partial(run, path) for name, path in paths.items()})
+        for label, path, run in zip(PASSES, chosen, (forward, both), strict=True)
     }
 
 

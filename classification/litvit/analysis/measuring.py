@@ -3,7 +3,9 @@
 import contextlib
 import math
 import platform
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torchvision
 from tqdm import tqdm
 
 Call = Callable[[], object]
-GPU_SECONDS = 0.02  # short calls are repeated back to back for as long
+SHORT_SECONDS = 0.02  # short calls are repeated back to back for as long
 SLEEP_CYCLES = 50_000_000
 WARM_UP = 3  # torch.compile's CUDA graphs are recorded in the second call
 
@@ -35,9 +37,7 @@ def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.devi
     for name, call in tqdm(calls.items(), desc="warm-up", **progress):
         for _ in range(WARM_UP if device.type == "cuda" else 1):
             _seconds(call, 1, device)
-        times[name] = 1
-        if device.type == "cuda":
-            times[name] = min(20, math.ceil(GPU_SECONDS / max(_seconds(call, 1, device), 1e-6)))
+        times[name] = min(20, math.ceil(SHORT_SECONDS / max(_seconds(call, 1, device), 1e-6)))
     seconds = {name: [] for name in calls}
     for _ in tqdm(range(repeats), desc="rounds", **progress):
         for name, call in calls.items():
@@ -83,20 +83,34 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
 
 
 def machine(device: torch.device) -> str:
-    """Name the processor and the versions that figures belong to."""
+    """Name the processor, the versions and the commit that figures belong to."""
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
         processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    commit = _commit()
     return (
         f"{processor}; torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
-        f"Python {platform.python_version()}"
+        f"Python {platform.python_version()}{f', commit {commit}' if commit else ''}"
     )
 
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        known = dict(re.findall(r"^(\S.*?)\s*: *(.*)$", processor, re.MULTILINE))
+        if "model name" in known:
+            # Virtual machines name processors of all generations alike.
+            return f"{known['model name']} (family {known.get('cpu family')}, model {known.get('model')})"
     return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this code, with -dirty behind it where files differ; None outside a checkout."""
+    checkout = Path(__file__).parents[3]
+    if not (checkout / ".git").exists():  # installed, perhaps in the checkout of something else
+        return None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return None

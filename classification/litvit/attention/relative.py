@@ -47,7 +47,7 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
     heads, d = qkv.shape[3:]
     if tuple(table.shape) != (heads, 2 * h - 1, 2 * w - 1):
         raise ValueError(f"table must be {(heads, 2 * h - 1, 2 * w - 1)}, got {tuple(table.shape)}")
-    path = _choose(qkv, path)
+    path = choose_path(qkv, path)
     if path == "triton":
         from litvit.attention import kernels
 
@@ -84,15 +84,28 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return windows.flip(3, 4).reshape(1, -1, h * w, h * w)
 
 
-def _choose(qkv: Tensor, path: str | None) -> str:
+def choose_path(qkv: Tensor, path: str | None = None) -> str:
+    """Name the path that `relative_attention` takes for these tokens, see there.
+
+    Args:
+        qkv: (B, N, 3, heads, d).
+        path: to force it, or None.
+
+    Returns:
+        One of PATHS.
+
+    Raises:
+        InputError: as there.
+    """
     if not qkv.is_meta:  # where operations are only counted
         path = path or os.environ.get("LIT_ATTENTION")
     if path and path not in PATHS:
         raise InputError(f"the path of attention must be one of {', '.join(PATHS)}, got {path!r}")
     if path == "triton" and not _kernels_take(qkv):
         raise InputError(
-            "attention's path 'triton' needs Triton, a GPU of compute capability 8.0, float32, bfloat16 or float16 "
-            f"and heads of 16, 32, 64 or 128 channels, got {qkv.dtype} on {qkv.device.type} with {qkv.shape[4]}"
+            "attention's path 'triton' needs Triton, a C compiler and a GPU of compute capability 8.0; float32, "
+            "bfloat16 or float16; heads of 16, 32, 64 or 128 channels: "
+            f"got {qkv.dtype} on {qkv.device.type} with {qkv.shape[4]}"
         )
     if path:
         return path

@@ -47,7 +47,8 @@ def deform_conv_tokens(
     """
     _check_shapes(x, offset, weight, bias)
     if triton and not (runs_triton(x.device) or interprets_triton(x.device)):
-        raise InputError(f"triton=True needs Triton and a GPU of compute capability 8.0, got tokens on {x.device.type}")
+        needs = "Triton, a C compiler and a GPU of compute capability 8.0"
+        raise InputError(f"triton=True needs {needs}, got tokens on {x.device.type}")
     if triton and not {x.dtype, offset.dtype, weight.dtype} <= TRITON_DTYPES:
         got = ", ".join(str(tensor.dtype) for tensor in (x, offset, weight))
         raise InputError(f"triton=True takes float32, bfloat16 and float16, got {got}")

@@ -39,10 +39,12 @@ class DeformableTokenMerging(nn.Module):
             input map, (dy, dx) for the taps (0, 0), (0, 1), (1, 0), (1, 1).
 
         Raises:
-            ValueError: x has another shape.
+            ValueError: x has another shape, or is a map of fewer than 2 x 2 tokens.
         """
         if x.dim() != 4 or x.shape[3] != self.conv.in_channels:
             raise ValueError(f"x must be tokens (B, H, W, {self.conv.in_channels}), got shape {tuple(x.shape)}")
+        if x.shape[1] < 2 or x.shape[2] < 2:
+            raise ValueError(f"the map must have 2 x 2 tokens or more, got {x.shape[1]} x {x.shape[2]}")
         # Seen as (B, C, H, W) in torch's channels_last memory format, tokens need no copy.
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if type(self.norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not self.norm.training:

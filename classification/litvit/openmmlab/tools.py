@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from litvit import cli
+from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
 from litvit.openmmlab import local_rank
 from litvit.training.model import choose_device
@@ -63,6 +64,8 @@ def run_tool(package: str, name: str) -> None:
     try:
         with _in_one_line(lambda: Runner.running):
             check_command(sys.argv[1:])
+            if not torch.cuda.is_available():
+                keep_freed_memory()
             tools = import_package(package) / ".mim" / "tools"
             spec = importlib.util.spec_from_file_location(f"{package}_{name}", tools / f"{name}.py")
             script = importlib.util.module_from_spec(spec)

@@ -1,7 +1,11 @@
-"""Triton kernels compiled for GPUs that need not be here: their machine code, as far as it goes without running it."""
+"""What fast paths ask of the device; and their kernels' machine code for GPUs that need not be here."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from litvit.attention import kernels as attention
 from litvit.dtm import triton_kernels as dtm
 
+CLASSIFICATION = Path(__file__).parents[3] / "classification"
 GPUS = pytest.mark.parametrize(
     ("capability", "dtype"), [(80, torch.float16), (80, torch.float32), (90, torch.bfloat16), (90, torch.float32)]
 )
@@ -100,3 +105,46 @@ def test_attention(compile_for, capability, dtype):
         assert has_products(code), name
         # On older GPUs one kernel has too many operands in full float32, where each is held as two numbers.
         assert not spills(code) or (capability, dtype, name) == (80, torch.float32, "_backward_kv"), name
+
+
+def test_a_cpus_memory_is_kept_unless_the_environment_has_settings_of_its_own():
+    code = """
+import resource
+import torch
+from litvit.training.model import choose_device
+
+choose_device("cpu")
+for step in range(12):
+    if step == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 8)
+"""
+    pages = []
+    for extra in ({}, {"MALLOC_ARENA_MAX": "8"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | extra, cwd=CLASSIFICATION
+        )
+        pages.append(int(done.stdout))
+    kept, given_back = pages
+    assert kept < 0.1 * given_back
+
+
+def test_without_a_c_compiler_torchs_operations_take_over_and_a_warning_says_so():
+    code = """
+import torch
+from torch._subclasses import FakeTensorMode
+from litvit.devices import runs_triton
+from litvit.dtm import DeformableTokenMerging
+
+torch.cuda.get_device_capability = lambda _: (9, 0)
+with FakeTensorMode(), torch.device("cuda"):
+    print(DeformableTokenMerging(8, 16)(torch.empty(1, 4, 4, 8)).shape, runs_triton(torch.device("cuda")))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CC"}
+    for extra, runs, warnings in (({"PATH": "/no/such/folder"}, False, 1), ({"PATH": "", "CC": "my-cc"}, True, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment | extra, cwd=CLASSIFICATION
+        )
+        assert done.stdout == f"torch.Size([1, 2, 2, 16]) {runs}\n", done.stderr
+        assert done.stderr.count("Triton's kernels need a C compiler") == warnings, done.stderr

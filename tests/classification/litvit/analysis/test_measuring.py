@@ -10,15 +10,31 @@ from litvit.analysis.measuring import interleaved_medians, peak_memory
 
 def test_medians_are_of_calls_in_turn():
     order = []
-    seconds = iter([0.0, 0.0, 0.0, 0.02, 0.0, 0.0, 0.0, 0.01])  # the warm-up, then one slow call of a
+    seconds = iter([0.03, 0.03, 0.03, 0.2, 0.03])  # two to warm up, then one slow call of a
 
     def a():
         order.append("a")
         time.sleep(next(seconds))
 
-    medians = interleaved_medians({"a": a, "b": lambda: order.append("b")}, 3, torch.device("cpu"))
-    assert "".join(order) == "ab" * 4
-    assert medians["a"] < 0.01
+    def b():
+        order.append("b")
+        time.sleep(0.03)
+
+    medians = interleaved_medians({"a": a, "b": b}, 3, torch.device("cpu"))
+    assert "".join(order) == "aabb" + 3 * "ab"
+    assert medians["a"] < 0.1
+
+
+def test_short_calls_are_repeated_and_count_singly():
+    calls = []
+
+    def short():
+        calls.append(1)
+        time.sleep(0.004)
+
+    medians = interleaved_medians({"short": short}, 3, torch.device("cpu"))
+    assert len(calls) > 2 + 3
+    assert 0.004 <= medians["short"] < 0.015
 
 
 def test_memory_of_a_cpu_is_not_counted():

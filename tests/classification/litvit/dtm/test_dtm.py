@@ -233,3 +233,9 @@ def test_a_gpu_gives_the_float64_result_and_gradients(dtype, tolerance):
     for ours, reference in zip(run("cuda", dtype), run("cpu", torch.float64), strict=True):
         error = (ours.double().cpu() - reference).norm() / reference.norm()
         assert error < tolerance
+
+
+@pytest.mark.parametrize(("size", "message"), [((1, 8, 6), "2 x 2 tokens or more, got 1 x 8"), ((8, 8, 5), "must be")])
+def test_the_module_refuses_other_shapes(size, message):
+    with pytest.raises(ValueError, match=message):
+        DeformableTokenMerging(6, 10)(torch.zeros(2, *size))

@@ -1,4 +1,4 @@
-"""Whole models under torch.compile, CUDA graphs and without waiting for the GPU: LIT and LVT alike."""
+"""Whole models as GPUs take them: under torch.compile, CUDA graphs, without waiting, with little memory."""
 
 import copy
 
@@ -109,6 +109,31 @@ def test_a_gpus_kernels_are_in_one_graph_for_maps_of_all_sizes(monkeypatch):
     (graph,) = graphs
     assert graph.count("litvit.deform_conv.default") == 3
     assert graph.count("litvit.relative_attention.default") == 2
+
+
+def test_training_on_large_images_keeps_a_quarter_of_what_a_written_out_bias_does(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    model = timm.create_model("lit_s", features_only=True).to(torch.bfloat16)
+    kept = {}
+    with FakeTensorMode():
+        on_a_fake_gpu(model)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        x = torch.empty(2, 3, 800, 1344, dtype=torch.bfloat16, device="cuda")
+        for path in ("triton", "plain"):
+            monkeypatch.setenv("LIT_ATTENTION", path)
+            storages = {}
+
+            def keep(tensor, storages=storages):
+                storage = tensor.untyped_storage()
+                storages[storage._cdata] = storage
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                maps = model(x)
+            kept[path] = sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+            del maps
+    assert kept["triton"] < kept["plain"] / 4
+    assert kept["triton"] < 1.6 * 2**30
 
 
 def train_step(model, optimizer, x, target):
