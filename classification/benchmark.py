@@ -1,14 +1,18 @@
 """Measure LIT beside its peers, and the parts that it is made of.
 
 What is compared runs interleaved in one process, so that a machine that slows down slows all; figures are medians. On
-a CPU nothing else may want the same cores: beside a busy process ratios are off by more than what they tell.
+a CPU nothing else may want the same cores: beside a busy process ratios are off by more than what they tell. And there
+the C library has its own settings, while train.py and validate.py have it keep freed memory: see docs/models.md.
 """
 
 import argparse
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 import timm
@@ -131,15 +135,18 @@ def _table1_table(rows: list[dict]) -> list[list[str]]:
 
 def _attention_table(rows: list[dict]) -> list[list[str]]:
     paths = list(rows[0]["milliseconds"])
-    ratios = [f"{path} / ours" for path in paths[1:]]
-    head = [cell for unit in ("ms", "MiB") for cell in (*(f"{path} {unit}" for path in paths), *ratios)]
-    table = [["images", "attention", "pass", "ours", *head]]
+    figures = {"milliseconds": ("ms", 1, 3), "memory": ("MiB", MIB, 0)}
+    if rows[0]["memory"]["ours"] is None:
+        del figures["memory"]
+    table = [["images", "attention", "pass", "chosen"]]
+    for title, _, _ in figures.values():
+        table[0] += [*(f"{path} {title}" for path in paths), *(f"{path} / ours, {title}" for path in paths[1:])]
     for row in rows:
         cells = [row["input"], row["tokens"], row["pass"], row["chosen"]]
-        for values, unit, digits in ((row["milliseconds"], 1, 3), (row["memory"], MIB, 0)):
-            known = values["ours"] is not None
-            cells += [f"{values[path] / unit:.{digits}f}" if known else "-" for path in paths]
-            cells += [f"{values[path] / values['ours']:.2f}" if known else "-" for path in paths[1:]]
+        for key, (_, unit, digits) in figures.items():
+            values = row[key]
+            cells += [f"{values[path] / unit:.{digits}f}" for path in paths]
+            cells += [f"{values[path] / values['ours']:.2f}" for path in paths[1:]]
         table.append(cells)
     return table
 
@@ -177,7 +184,8 @@ def _environment(args: argparse.Namespace) -> str:
         "files": "images",
     }
     settings = [f"{word} {getattr(args, name)}" for word, name in shown.items() if getattr(args, name, None)]
-    settings += [f"{name}={os.environ[name]}" for name in ("LIT_ATTENTION", "LIT_TRITON") if name in os.environ]
+    changing = ("LIT_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_")
+    settings += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(changing)]
     return f"{machine(args.device)}; {', '.join((*settings, f'medians of {args.repeats}'))}"
 
 
@@ -326,8 +334,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # the fastest convolutions of every model
     torch.backends.cudnn.allow_tf32 = args.tf32  # convolutions by the rule of matrix products
+    if args.tf32 and args.device.type == "cpu":
+        raise InputError("--tf32 is for GPUs, this is a CPU")
     if args.tf32:
         torch.set_float32_matmul_precision("high")
+    environment = _environment(args)
+    print(environment, end="\n\n", flush=True)  # the rest may take minutes
     rows = None
     try:
         rows = args.measure(args)
@@ -338,11 +350,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         if rows is None and is_new:
             args.json.unlink()
-    environment = _environment(args)
-    print(environment, end="\n\n")
     _print_markdown(args.table(rows))
     if args.json:
-        args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+        command = shlex.join(["benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        figures = {"command": command, "date": date, "environment": environment, "rows": rows}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

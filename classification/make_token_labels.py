@@ -26,6 +26,7 @@ from tqdm import tqdm
 from litvit.analysis.token_scores import is_class_token_classifier, token_scores, top_scores
 from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, model_name, run
+from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
 from litvit.training.data import class_list, class_names, open_images, refuse_other_numbers
 from litvit.training.loaders import leave_signals_to_the_trainer, loader_workers
@@ -118,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(argv)
     local_rank, rank, processes = world_info_from_env()
     device = choose_device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

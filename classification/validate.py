@@ -14,6 +14,7 @@ from timm.data import RealLabelsImagenet
 
 from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, model_name, run
+from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
 from litvit.training.data import class_names, open_for_evaluation, train_classes
 from litvit.training.evaluate import evaluate
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     settings = parse_settings(argv)
     device = choose_device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     images = open_for_evaluation(settings, settings.classes)
     classes = class_names(images)
     counted = max(classes.values()) + 1 if classes else None

@@ -22,11 +22,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 TINY = ["dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to run GPU tests alone where there is no GPU: none would run, and none fail."""
+    if config.option.markexpr == "gpu" and not torch.cuda.is_available() and not hasattr(config, "workerinput"):
+        raise pytest.UsageError("-m gpu: torch sees no GPU here")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave tests that need a GPU to machines that have one."""
     if not torch.cuda.is_available():
-        if config.option.markexpr == "gpu":
-            raise pytest.UsageError("-m gpu: torch sees no GPU here")
         items[:] = [item for item in items if "gpu" not in item.keywords]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import datetime, timedelta
 
 import benchmark
 import pytest
@@ -94,11 +95,17 @@ def test_data_tells_where_the_input_pipelines_time_goes(measure, model):
 
 def test_the_command_names_machine_and_versions(run_script, tmp_path):
     file = tmp_path / "figures.json"
-    outcome = run_script("benchmark.py", "attention", "--inputs", "1x32x32", *QUICK, "--json", file)
+    outcome = run_script(
+        "benchmark.py", "attention", "--inputs", "1x32x32", *QUICK, "--json", file, LIT_ATTENTION="plain"
+    )
     assert outcome.status == 0, outcome.err
-    environment = json.loads(file.read_text())["environment"]
-    assert outcome.out.splitlines()[0] == environment
-    assert f"torch {torch.__version__}" in environment
+    figures = json.loads(file.read_text())
+    assert outcome.out.splitlines()[0] == figures["environment"]
+    assert f"torch {torch.__version__}" in figures["environment"]
+    assert "LIT_ATTENTION=plain" in figures["environment"]
+    assert {row["chosen"] for row in figures["rows"]} == {"plain"}
+    assert figures["command"].startswith("benchmark.py attention --inputs 1x32x32 ")
+    assert datetime.fromisoformat(figures["date"]).utcoffset() == timedelta()
 
 
 @pytest.mark.parametrize("door", [(), ("table1",), ("dtm",), ("attention",), ("dense",), ("data",)])
@@ -124,6 +131,7 @@ def test_help_tells_the_goals_on_a_gpu(run_main, door):
         ),
         (["dense", "lit_ti:sdpa", "-i", "1x64x64"], "lit_ti:sdpa: lit_ti has no path of attention to choose"),
         (["attention", "-i", "1000x40000x40000"], "the memory is too small"),
+        (["dtm", "--tf32", "--device", "cpu"], "--tf32 is for GPUs"),
         (["data", "--images", "3"], "--images must be even"),
         (["models", "vit_tiny_patch16_384"], "vit_tiny_patch16_384 is no classifier of images of 224 x 224"),
         (["models", "--dtype", "bfloat16", "--amp-dtype", "float16"], "--amp-dtype float16 is for --dtype float32"),

@@ -241,7 +241,7 @@ def test_test_time_augmentation(published, shapes, tmp_path, monkeypatch):
     config = reduced(published, shapes, 8, file)
     load, augment = config.tta_pipeline
     *changes, _, pack = augment.transforms
-    torch.manual_seed(0)  # some weights see the same in all views
+    torch.manual_seed(0)  # with some weights all views give the same labels
     with DefaultScope.overwrite_default_scope("mmseg"):
         model = MODELS.build(config.model).eval()
         views = [Compose([load, *steps, *pack]) for steps in itertools.product(*changes)]

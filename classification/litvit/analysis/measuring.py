@@ -25,7 +25,7 @@ def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.devi
     """Time calls in turn, `repeats` rounds after a warm-up, so that a machine that slows down slows all.
 
     Args:
-        calls: by name.
+        calls: by name. In each round a short one is repeated back to back, for 20 ms or 20 times, and its mean counts.
         repeats: rounds.
         device: where the calls run.
 
@@ -101,15 +101,16 @@ def _cpu_name() -> str:
         known = dict(re.findall(r"^(\S.*?)\s*: *(.*)$", processor, re.MULTILINE))
         if "model name" in known:
             # Virtual machines name processors of all generations alike.
-            return f"{known['model name']} (family {known.get('cpu family')}, model {known.get('model')})"
+            generation = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
+            return known["model name"] + generation
     return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
     """The commit of this code, with -dirty behind it where files differ; None outside a checkout."""
-    checkout = Path(__file__).parents[3]
-    if not (checkout / ".git").exists():  # installed, perhaps in the checkout of something else
-        return None
+    classification, checkout = Path(__file__).parents[2:4]
+    if classification.name != "classification" or not (checkout / ".git").exists():
+        return None  # installed, perhaps in the checkout of something else
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -23,7 +23,7 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
 
     - "triton", on CUDA: kernels that look the bias up in the table, forward and backward, and write no N x N scores
       or bias. They take float32 (as TF32 where torch's matrix products do), bfloat16 and float16, heads of 16, 32, 64
-      or 128 channels, and need compute capability 8.0. LIT_TRITON=0 in the environment forbids them.
+      or 128 channels, and need compute capability 8.0 and a C compiler. LIT_TRITON=0 in the environment forbids them.
     - "plain", on a CPU where gradients are recorded: matrix products and softmax, with the bias written out.
     - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
 

@@ -35,8 +35,8 @@ def deform_conv_tokens(
         weight: (O, C, k, k).
         bias: (O,) or None.
         triton: run Triton's kernels or not; None: where they work, unless the environment says LIT_TRITON=0. That is
-            on GPUs of compute capability 8.0 or more, where Triton is installed, in float32, bfloat16 and float16. On a
-            CPU they run in Triton's interpreter alone (TRITON_INTERPRET=1), for tests.
+            on GPUs of compute capability 8.0 or more, beside Triton and a C compiler, in float32, bfloat16 and float16.
+            On a CPU they run in Triton's interpreter alone (TRITON_INTERPRET=1), for tests.
 
     Returns:
         Tokens, (B, h, w, O).

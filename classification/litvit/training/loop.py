@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from litvit.checkpoints import load_weights
+from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
 from litvit.training.data import class_list, open_train_and_val
 from litvit.training.evaluate import evaluate
@@ -66,6 +67,8 @@ class Training:
         set_aside = self.primary and not settings.dry_run
         resumed = load_last_checkpoint(self.folder, set_aside) if settings.resume else None
         device = choose_device(settings.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         # before the data is opened: timm's streaming readers ask for the number of processes
         process = init_distributed_device_so(device.type if device.index is None else str(device))
         train_images, val_images, num_classes = open_train_and_val(settings)

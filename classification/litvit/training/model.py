@@ -13,7 +13,6 @@ from timm.data import resolve_data_config
 from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
-from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
 from litvit.models.backbone import Backbone
 
@@ -82,7 +81,7 @@ def data_settings(settings: argparse.Namespace, model: nn.Module) -> dict:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that `--device` names, by default CUDA where there is one. For a CPU this process keeps freed memory.
+    """The device that `--device` names, by default CUDA where there is one.
 
     Raises:
         InputError: torch does not know it, or the machine does not have it.
@@ -97,8 +96,6 @@ def choose_device(name: str | None) -> torch.device:
             raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs, fewer than there are processes")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
 
 

@@ -8,33 +8,21 @@ import torch
 from litvit.analysis.measuring import interleaved_medians, peak_memory
 
 
-def test_medians_are_of_calls_in_turn():
-    order = []
-    seconds = iter([0.03, 0.03, 0.03, 0.2, 0.03])  # two to warm up, then one slow call of a
+def test_medians_are_of_calls_in_turn(monkeypatch):
+    order, now = [], 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    a_takes = iter([0.5, 0.5, 0.5, 8.0, 0.5])  # two to warm up, then one slow call of a
 
-    def a():
-        order.append("a")
-        time.sleep(next(seconds))
+    def call(name, seconds):
+        nonlocal now
+        order.append(name)
+        now += seconds
 
-    def b():
-        order.append("b")
-        time.sleep(0.03)
-
-    medians = interleaved_medians({"a": a, "b": b}, 3, torch.device("cpu"))
-    assert "".join(order) == "aabb" + 3 * "ab"
-    assert medians["a"] < 0.1
-
-
-def test_short_calls_are_repeated_and_count_singly():
-    calls = []
-
-    def short():
-        calls.append(1)
-        time.sleep(0.004)
-
-    medians = interleaved_medians({"short": short}, 3, torch.device("cpu"))
-    assert len(calls) > 2 + 3
-    assert 0.004 <= medians["short"] < 0.015
+    calls = {"a": lambda: call("a", next(a_takes)), "b": lambda: call("b", 0.25), "short": lambda: call("s", 2**-8)}
+    medians = interleaved_medians(calls, 3, torch.device("cpu"))
+    # The short one takes 4 ms, so that six of it take 20.
+    assert "".join(order) == "aabbss" + 3 * "abssssss"
+    assert medians == {"a": 0.5, "b": 0.25, "short": 2**-8}
 
 
 def test_memory_of_a_cpu_is_not_counted():
