@@ -60,7 +60,7 @@ def product_precision(dtype: torch.dtype) -> str:
 def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed tensors for the next ones, in this process, and not give it back.
 
-    Large tensors are otherwise new pages each time, which the system clears first: up to a third of a step's time on a
+    Large tensors are otherwise new pages each time, which the system clears first: up to 30% of a step's time on a
     CPU. The process takes up what it took at its peak until it ends, and so do those that it forks; where sizes
     change, the peak is about a tenth higher. Nothing is changed where the environment sets the same (MALLOC_MMAP_MAX_,
     MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_, or their like in GLIBC_TUNABLES), and where the C library is not
