@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-setup: ## make the environment with everything (about 10 minutes the first time)
+setup: ## make the environment with everything (three minutes or so the first time)
 	@./setup_env.sh
 
 demo: ## train, validate and plot a small LIT on real digits (classification only)

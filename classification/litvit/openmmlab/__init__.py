@@ -1,8 +1,8 @@
 """LIT and LVT as backbones of mmdet and mmseg, and their checkpoints read without running code.
 
 Importing this module registers `LIT` and `LVT` in mmengine's root registry, where every OpenMMLab project finds them
-(`custom_imports = dict(imports=["litvit.openmmlab"])` in a config), and puts a safe reader in the place of mmengine's
-for checkpoint files and links.
+(`custom_imports = dict(imports=["litvit.openmmlab"])` in a config), puts a safe reader in the place of mmengine's
+for checkpoint files and links, and makes `mmcv.ops` work where mmcv was not compiled.
 """
 
 import os
@@ -36,6 +36,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import litvit  # noqa: F401 (registers the models with timm)
 from litvit.checkpoints import mismatch, read_checkpoint, read_state_dict
+from litvit.openmmlab.mmcv_ops import provide_operators
+
+provide_operators()
 
 # What `mmseg::` in a config stands for: mmengine asks for a package mmsegmentation, and OneDL's has another name.
 MODULE2PACKAGE["mmseg"] = "mmseg"

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.dist import is_distributed, is_main_process
 from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import CheckpointLoader
 from PIL import Image
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from litvit.checkpoints import recognise, to_own_names
 from litvit.errors import InputError
 from litvit.openmmlab import Backbone, local_rank
+from litvit.openmmlab.mmcv_ops import provide_operators
 
 _CLASSES = "set the datasets' metainfo=dict(classes=...) and the heads' num_classes to those of the annotations"
 
@@ -120,6 +122,11 @@ class _Runner(mmengine_runner.Runner):
         if self.distributed and not is_distributed() and not torch.cuda.is_available():
             torch.distributed.init_process_group("gloo")
         super().setup_env(env_cfg)
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        logger.info(provide_operators())
+        return logger
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         if self.distributed and not torch.cuda.is_available():

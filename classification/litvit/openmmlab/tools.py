@@ -146,13 +146,13 @@ def import_package(package: str) -> Path:
     """Import mmdet or mmseg and return its folder.
 
     Raises:
-        InputError: it is not installed, or mmcv lacks its compiled operators.
+        InputError: it or mmcv is not installed.
     """
     try:
         importlib.import_module("mmcv.ops")
         return Path(importlib.import_module(package).__file__).parent
-    except (ImportError, AssertionError) as error:
-        raise InputError(f"{package} and mmcv with its operators are needed ({error}): run ./setup_env.sh") from error
+    except (ImportError, AssertionError) as error:  # mmdet asserts the version of mmcv
+        raise InputError(f"{package} and mmcv are needed ({error}): run ./setup_env.sh") from error
 
 
 def prediction_parser(description: str) -> cli.ArgumentParser:

@@ -1,6 +1,7 @@
 """Whole models as GPUs take them: under torch.compile, CUDA graphs, without waiting, with little memory."""
 
 import copy
+import shutil
 
 import pytest
 import timm
@@ -45,6 +46,16 @@ def test_one_graph_in_training(name):
         gradients.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler"
+)
+def test_compiled_code_of_a_cpu():
+    model = small("lit_s", num_classes=5).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images(64, 64)), model(images(64, 64)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SMALL)
