@@ -26,8 +26,8 @@ from tqdm import tqdm
 from litvit.analysis.token_scores import is_class_token_classifier, token_scores, top_scores
 from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, model_name, run
-from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
+from litvit.memory import keep_freed_memory
 from litvit.training.data import class_list, class_names, open_images, refuse_other_numbers
 from litvit.training.loaders import leave_signals_to_the_trainer, loader_workers
 from litvit.training.model import autocast_context, build_model, choose_device, data_settings

@@ -14,8 +14,8 @@ from timm.data import RealLabelsImagenet
 
 from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, model_name, run
-from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
+from litvit.memory import keep_freed_memory
 from litvit.training.data import class_names, open_for_evaluation, train_classes
 from litvit.training.evaluate import evaluate
 from litvit.training.loaders import eval_loader

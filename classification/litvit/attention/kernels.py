@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litvit.devices import product_precision
+from litvit.triton_support import product_precision
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

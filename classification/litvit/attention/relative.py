@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litvit.devices import TRITON_DTYPES, interprets_triton, is_static, runs_triton
 from litvit.errors import InputError
+from litvit.triton_support import TRITON_DTYPES, interprets_triton, runs_triton
 
 PATHS = ("plain", "sdpa", "triton")
 
@@ -82,6 +82,15 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     else:
         windows = table.unfold(1, h, 1).unfold(2, w, 1)
     return windows.flip(3, 4).reshape(1, -1, h * w, h * w)
+
+
+def is_static(size: int | torch.SymInt) -> bool:
+    """Return whether the graph that torch.compile is making is for this size alone."""
+    try:
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+    except ImportError:  # in older torch
+        return False
+    return has_static_value(size)
 
 
 def choose_path(qkv: Tensor, path: str | None = None) -> str:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litvit.devices import TRITON_DTYPES, interprets_triton, runs_triton
 from litvit.errors import InputError
+from litvit.triton_support import TRITON_DTYPES, interprets_triton, runs_triton
 
 
 def deform_conv_tokens(

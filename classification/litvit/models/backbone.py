@@ -1,8 +1,9 @@
-"""What LIT and LVT have in common: a hierarchy of stages behind the interface of timm's models.
+"""Base class of the models: a hierarchy of stages with the interface of timm's models.
 
 Shape letters: B images, (H, W) image size, (h, w) map size, C channels, N = h*w tokens. Tokens stay channels-last.
 """
 
+import logging
 from abc import ABC, abstractmethod
 
 import torch
@@ -13,9 +14,11 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litvit.checkpoints import adapt_state_dict, to_own_names
-from litvit.devices import is_static
+from litvit.attention.relative import is_static
+from litvit.checkpoints import keep_own_classifier
 from litvit.errors import InputError
+
+_logger = logging.getLogger(__name__)
 
 # What a hidden layer may have, a thread, in one part of a batch in inference on a CPU. 7 to 11 MiB in all did best for
 # LIT-Ti, S, B and LVT on two threads with 32 MiB of cache; arrays of more than 32 MiB are new pages each time.
@@ -28,18 +31,21 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 class Backbone(nn.Module, ABC):
     """Stages of channels-last maps at strides 4, 8, 16 and 32, as dense backbone or, with a head, as classifier.
 
-    A subclass makes `stages` and `norm` (after the last stage), then its classifiers by `reset_classifier`. It says how
-    an image becomes what the first stage takes (`_embed`), and the last stage's map the head's tokens (`_last_tokens`).
+    A subclass creates `stages` and `norm`, which follows the last stage, then its classifiers by `reset_classifier`. It
+    implements `_stem`, which turns images into the input of the first stage, and `_final_tokens`, which turns the last
+    stage's map into the tokens of the head. It overrides `from_published` if its weights are published under other
+    names, and `_resize_entry` if some of them depend on the image size.
 
     Args:
-        in_chans: image channels.
-        num_classes: classes, 0 for no classifier.
-        dims: channels of the stages.
-        class_token: whether a class token comes before the tokens that the head gets.
-        drop_rate: dropout before the classifier.
+        in_chans: Number of image channels.
+        num_classes: Number of classes, 0 for no classifier.
+        dims: Number of channels of each stage.
+        class_token: Whether a class token comes before the tokens of the head.
+        drop_rate: Dropout rate before the classifier.
     """
 
-    classifiers = ("head",)  # linear layers to the classes
+    total_stride = 32
+    classifiers = ("head",)  # names of the linear layers to the classes
 
     def __init__(
         self, in_chans: int, num_classes: int, dims: tuple[int, ...], class_token: bool, drop_rate: float
@@ -56,15 +62,66 @@ class Backbone(nn.Module, ABC):
         self.cls_token = None
         self.out_norms = nn.ModuleDict()
         self.head_drop = nn.Dropout(drop_rate)
-        self._register_load_state_dict_pre_hook(adapt_state_dict, with_module=True)
+        self._register_load_state_dict_pre_hook(Backbone._adapt_state_dict, with_module=True)
 
     @abstractmethod
-    def _embed(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) of any size -> what the first stage takes."""
+    def _stem(self, x: Tensor) -> Tensor:
+        """Turn images of any size, (B, in_chans, H, W), into the input of the first stage."""
 
     @abstractmethod
-    def _last_tokens(self, x: Tensor, stage_input: Tensor) -> Tensor:
-        """What the last stage gave and got -> the tokens of `forward_features`."""
+    def _final_tokens(self, last_output: Tensor, last_input: Tensor) -> Tensor:
+        """Turn the last stage's output into the tokens that `forward_features` returns.
+
+        A model whose class token joins in the last stage runs that stage again, on the last stage's input.
+        """
+
+    @staticmethod
+    def from_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Translate a published state dict to the names and layouts of this class.
+
+        Args:
+            state_dict: State dict, left as it is.
+
+        Returns:
+            New state dict, with the same entries if they have no published names of this class.
+        """
+        return dict(state_dict)
+
+    def _adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+        """Pre-hook of load_state_dict: translate published names, resize position tables.
+
+        Entries of parts that the model was built without are dropped. A classifier for another number of classes is
+        replaced by the model's own, with a warning.
+
+        Args:
+            state_dict: State dict to load, changed in place. (torch passes a copy of the caller's.)
+            prefix: Prefix of the model's entries in it.
+        """
+        entries = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        for name in entries:
+            del state_dict[prefix + name]
+        entries = {name: value for name, value in self.from_published(entries).items() if not self._is_left_out(name)}
+        own = self.state_dict()
+        classes = keep_own_classifier(entries, own, self.classifiers)
+        if classes:
+            _logger.warning("the checkpoint holds %d classes, the model has %d: its classifier is new", *classes)
+        for name, value in entries.items():
+            if name in own and value.shape != own[name].shape:
+                value = self._resize_entry(name, value, own[name].shape)
+            state_dict[prefix + name] = value
+
+    def _resize_entry(self, name: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """Resize an entry that depends on the image size to the model's shape. Return others as they are."""
+        return value
+
+    def _is_left_out(self, name: str) -> bool:
+        """Return whether an entry belongs to a part that the model was built without."""
+        part, _, rest = name.partition(".")
+        if part in ("norm", *self.classifiers):
+            return isinstance(getattr(self, part), nn.Identity)
+        if part.startswith(("cls_", "class_")):
+            return self.cls_token is None
+        return part == "stages" and int(rest.partition(".")[0]) >= len(self.stages)
 
     def _set_global_pool(self, global_pool: str) -> None:
         choices = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
@@ -84,11 +141,11 @@ class Backbone(nn.Module, ABC):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier on the model, of tokens too if it has one.
+        """Replace the classifier by a new one, and that of tokens if there is one.
 
         Args:
-            num_classes: classes, 0 for no classifier.
-            global_pool: a new pooling, None to keep it.
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: New pooling, None to keep the present one.
         """
         if global_pool is not None:
             self._set_global_pool(global_pool)
@@ -104,15 +161,15 @@ class Backbone(nn.Module, ABC):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the dense outputs `indices` do not need: later stages, class token, last norm and classifier.
+        """Drop what the dense outputs do not need: later stages, the class token, the last norm and the classifier.
 
         Args:
-            indices: the stages wanted; an int for the last n.
-            prune_norm: drop the last norm.
-            prune_head: drop the classifier, and the class token with it.
+            indices: Indices of the wanted stages, or an int for the last n.
+            prune_norm: Whether to drop the last norm.
+            prune_head: Whether to drop the classifier and the class token.
 
         Returns:
-            The indices of the stages wanted, counted from the first.
+            Indices of the wanted stages, counted from the first.
         """
         taken, last = feature_take_indices(len(self.stages), indices)
         prune_end = last < len(self.stages) - 1
@@ -143,20 +200,19 @@ class Backbone(nn.Module, ABC):
         """Return the maps at the end of stages, for images of any size from 32 up.
 
         Args:
-            x: images, (B, in_chans, H, W).
-            indices: the stages wanted; an int for the last n, None for all.
-            norm: put the last norm on the last stage's map, if it has no norm of its own.
-            stop_early: do not run stages after the last one wanted.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return the maps alone.
+            x: Images, (B, in_chans, H, W).
+            indices: Indices of the wanted stages, an int for the last n, None for all.
+            norm: Whether to apply the last norm to the last stage's map, if that has no norm of its own.
+            stop_early: Whether to skip the stages after the last wanted one.
+            output_fmt: Layout of the maps, "NCHW" or "NHWC".
+            intermediates_only: Whether to return only the maps.
 
         Returns:
-            The maps, (B, C, h, w) or (B, h, w, C), or (final tokens, maps). The final tokens are those of
-            `forward_features`; the maps are dense ones, without class token. After an early stop the final tokens are
-            the last stage's that ran.
+            Maps, (B, C, h, w) or (B, h, w, C), or a pair of final tokens and maps. The final tokens are those of
+            `forward_features`, after an early stop those of the last stage that ran. Maps have no class token.
 
         Raises:
-            InputError: an image smaller than 32 pixels, an unknown output_fmt.
+            InputError: The images are smaller than 32 pixels, or output_fmt is unknown.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -164,9 +220,9 @@ class Backbone(nn.Module, ABC):
         stop = last + 1 if stop_early or intermediates_only else len(self.stages)
 
         maps = []
-        x = self._embed(x)
+        x = self._stem(x)
         for i, stage in enumerate(self.stages[:stop]):
-            stage_input, x = x, stage(x)
+            last_input, x = x, stage(x)
             if i not in taken:
                 continue
             out = x
@@ -178,11 +234,11 @@ class Backbone(nn.Module, ABC):
         if intermediates_only:
             return maps
         if stop == len(self.feature_info):
-            x = self._last_tokens(x, stage_input)
+            x = self._final_tokens(x, last_input)
         return x, maps
 
     def _pool(self, x: Tensor) -> Tensor:
-        """Tokens (B, h, w, C) or (B, 1 + N, C) -> (B, C), or as they are without pooling."""
+        """Pool tokens (B, h, w, C) or (B, 1 + N, C) to (B, C). Without pooling, return them as they are."""
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -190,8 +246,8 @@ class Backbone(nn.Module, ABC):
         return self.head_drop(x)
 
 
-class Features(FeatureGetterNet):
-    """What `features_only=True` builds: dense maps of a model, which loads the checkpoints that the model loads."""
+class BackboneFeatures(FeatureGetterNet):
+    """Dense maps of a model, as `features_only=True` builds it. It loads the checkpoints that the model loads."""
 
     def __init__(self, model: Backbone, *args, **kwargs) -> None:
         super().__init__(model, *args, **kwargs)
@@ -205,10 +261,12 @@ class Features(FeatureGetterNet):
                 state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
-def refuse_small(x: Tensor) -> None:
-    """Raise InputError for images (B, C, H, W) of less than 32 pixels a side, which leave nothing of the last map."""
-    if min(x.shape[-2:]) < 32:
-        raise InputError(f"images must have 32 pixels or more in both directions, got {tuple(x.shape[-2:])}")
+def check_min_size(x: Tensor) -> None:
+    """Raise InputError for images (B, C, H, W) smaller than the total stride, of which the last map has no token."""
+    if min(x.shape[-2:]) < Backbone.total_stride:
+        raise InputError(
+            f"images must have {Backbone.total_stride} pixels or more in both directions, got {tuple(x.shape[-2:])}"
+        )
 
 
 def run_blocks(
@@ -264,7 +322,7 @@ def _part_bytes() -> int:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Draw a linear layer's weights from a normal distribution of 0.02, and set its bias to zero."""
+    """Initialise a linear layer: weights normal with a standard deviation of 0.02, bias zero."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -272,7 +330,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def default_cfg(**kwargs) -> dict:
-    """timm's data and head settings of a model trained on ImageNet-1K at 224, beside those given."""
+    """Return timm's pretrained_cfg of a model trained on ImageNet-1K at 224, updated by keyword arguments."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -287,13 +345,22 @@ def default_cfg(**kwargs) -> dict:
     }
 
 
-def build(cls: type[Backbone], variant: str, pretrained: bool, config: dict) -> Backbone | Features:
-    """Build a variant as timm's create_model asks for it: classifier, or Features with `features_only=True`."""
+def create_backbone(
+    cls: type[Backbone], variant: str, pretrained: bool = False, **kwargs
+) -> Backbone | BackboneFeatures:
+    """Create a variant as timm's create_model asks for it: a classifier, or dense maps with `features_only=True`.
+
+    Args:
+        cls: Class of the model.
+        variant: Name of the variant.
+        pretrained: Whether to load pretrained weights.
+        **kwargs: Arguments of the class, and of timm's `build_model_with_cfg`.
+    """
     return build_model_with_cfg(
         cls,
         variant,
         pretrained,
-        pretrained_filter_fn=lambda state_dict, _: to_own_names(state_dict),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": Features},
-        **config,
+        pretrained_filter_fn=lambda state_dict, _: cls.from_published(state_dict),
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": BackboneFeatures},
+        **kwargs,
     )

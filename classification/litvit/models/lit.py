@@ -7,6 +7,9 @@ Shape letters: B images, (H, W) image or map size, (h, w) map size after merging
 with a class token). Tokens stay channels-last, (B, H, W, C), from the patch embedding on.
 """
 
+import math
+import re
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
@@ -14,14 +17,36 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from litvit.attention import relative_attention
-from litvit.checkpoints import resize_position_table, resize_relative_table
+from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
 from litvit.errors import InputError
-from litvit.models.backbone import Backbone, Features, build, default_cfg, init_linear, refuse_small, run_blocks
+from litvit.models.backbone import (
+    Backbone,
+    BackboneFeatures,
+    check_min_size,
+    create_backbone,
+    default_cfg,
+    init_linear,
+    run_blocks,
+)
+
+# Published names, LIT-Ti's (patch_embed2, block1, ...) and those of LIT-S, M and B (layers.0.downsample, ...).
+_PUBLISHED_NAMES = [
+    (r"^patch_embed1\.", "patch_embed."),
+    (r"^patch_embed([2-4])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
+    (r"^pos_embed([1-4])$", lambda m: f"stages.{int(m[1]) - 1}.pos_embed"),
+    (r"^block([1-4])\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
+    (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"^norm([0-3])\.", r"out_norms.\1."),
+    (r"\.downsample\.dconv\.conv_offset\.", ".downsample.offset."),
+    (r"\.downsample\.dconv\.", ".downsample.conv."),
+    (r"\.downsample\.norm_layer\.", ".downsample.norm."),
+]
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into 4 x 4 patches: (B, in_chans, H, W) -> (B, H/4, W/4, dim)."""
+    """Embed 4 x 4 patches: (B, in_chans, H, W) -> (B, H/4, W/4, dim)."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -33,12 +58,12 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, with a relative position bias if the map's size is given.
+    """Multi-head self-attention over all tokens, with a relative position bias if `table_size` is given.
 
     Args:
-        dim: channels.
-        num_heads: heads.
-        table_size: (h, w) of the map that the relative position table belongs to, None for no bias.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        table_size: Size (h, w) of the map that the relative position table belongs to, None for no bias.
     """
 
     def __init__(self, dim: int, num_heads: int, table_size: tuple[int, int] | None) -> None:
@@ -63,7 +88,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, or without heads an MLP block (LIT, "Block designs"): tokens (B, N, C) of a (h, w) grid."""
+    """Pre-norm transformer block on tokens (B, N, C) of a map of size `grid`.
+
+    With `num_heads=0` the attention is left out, as in the MLP blocks of the first stages (LIT, "Block designs"). Their
+    only norm keeps the published name, `norm2`.
+    """
 
     def __init__(
         self,
@@ -90,17 +119,17 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Merging (but in the first stage), the absolute position if there is one, and blocks.
+    """One stage: deformable token merging (except in the first), optional absolute position embedding, blocks.
 
     Args:
-        in_dim: channels of the tokens that come in, None for the first stage, which does not merge.
-        dim: channels.
-        grid: (h, w) of the map at the image size that the model is built for.
-        num_heads: heads of the blocks, 0 for MLP blocks.
-        mlp_ratio: hidden width of the MLPs over `dim`.
+        in_dim: Number of input channels, None for the first stage, which does not merge.
+        dim: Number of channels.
+        grid: Size (h, w) of the map at the image size that the model is built for.
+        num_heads: Number of heads of the blocks, 0 for MLP blocks.
+        mlp_ratio: Ratio of the MLPs' hidden width to `dim`.
         position: "absolute" or "relative".
-        drop_paths: a stochastic depth rate a block.
-        norm_eps: of the LayerNorms.
+        drop_paths: Stochastic depth rate of each block.
+        norm_eps: Epsilon of the LayerNorms.
     """
 
     def __init__(
@@ -129,7 +158,10 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor, class_token: Tensor | None = None) -> Tensor:
-        """(B, H, W, in_dim) -> (B, h, w, dim); with a class token (1, 1, dim), which joins in front, (B, N, dim)."""
+        """Run the stage: (B, H, W, in_dim) -> (B, h, w, dim).
+
+        With a class token, (1, 1, dim), which comes first, the result is (B, 1 + h*w, dim).
+        """
         if self.downsample is not None:
             x = self.downsample(_pad(x, 2))
         B, h, w, C = x.shape
@@ -147,28 +179,28 @@ class LIT(Backbone):
     """Less attention vision transformer, as classifier or dense backbone, with the interface of timm's models.
 
     Classification takes images of `img_size` only. Dense use (`forward_intermediates`, `features_only=True`) takes any
-    size from 32 up: images and maps are padded right and below with zeros where a stride does not divide them, so the
-    map at stride s is ceil(size / s), and position tables are resized. Dense maps have no class token.
+    size from 32 up. Images and maps are padded right and below with zeros where a stride does not divide them, so the
+    map at stride s has ceil(size / s) tokens per side, and position tables are resized. Dense maps have no class token.
 
     Args:
-        img_size: image size in pixels, an int or (H, W), multiples of 32; position tables belong to it.
-        in_chans: image channels.
-        num_classes: classes, 0 for no classifier.
-        global_pool: "token" (needs class_token), "avg" (mean of the tokens after the last norm), "" for none.
-        dims: channels of the four stages.
-        depths: blocks of the four stages.
-        num_heads: heads of the four stages, 0 for stages of MLP blocks.
-        mlp_ratios: hidden width of the MLPs over the channels, a stage each.
-        position: "absolute" (a learned table added at the start of every stage) or "relative" (a learned bias a head in
-            every attention block).
-        class_token: a class token joins before the last stage.
-        norm_eps: of the LayerNorms (the patch embedding's has 1e-5 always).
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
-        out_norms: indices of stages whose dense output gets a LayerNorm of its own; the next stage reads it without.
+        img_size: Image size in pixels, an int or (H, W), multiples of 32. Position tables belong to it.
+        in_chans: Number of image channels.
+        num_classes: Number of classes, 0 for no classifier.
+        global_pool: Pooling: "token" (needs class_token), "avg" (mean of the tokens after the last norm) or "" (none).
+        dims: Number of channels of each stage.
+        depths: Number of blocks of each stage.
+        num_heads: Number of heads of each stage, 0 for a stage of MLP blocks.
+        mlp_ratios: Ratio of the MLPs' hidden width to the channels in each stage.
+        position: "absolute" (a learned table added at the start of every stage) or "relative" (a learned bias per head
+            in every attention block).
+        class_token: Whether a class token joins before the last stage.
+        norm_eps: Epsilon of the LayerNorms. (That of the patch embedding's is always 1e-5.)
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0 at the first block.
+        out_norms: Indices of stages whose dense output gets a LayerNorm of its own. The next stage reads it without.
 
     Raises:
-        InputError: an img_size, global_pool, position, num_heads or out_norms that does not fit.
+        InputError: img_size, global_pool, position, num_heads or out_norms does not fit.
     """
 
     def __init__(
@@ -190,8 +222,9 @@ class LIT(Backbone):
     ) -> None:
         super().__init__(in_chans, num_classes, dims, class_token, drop_rate)
         self.img_size = to_2tuple(img_size)
-        if any(side < 32 or side % 32 for side in self.img_size):
-            raise InputError(f"img_size must be a multiple of 32 in both directions, got {self.img_size}")
+        if any(side <= 0 or side % self.total_stride for side in self.img_size):
+            multiple = f"a multiple of {self.total_stride}"
+            raise InputError(f"img_size must be {multiple} in both directions, got {self.img_size}")
         if position not in ("absolute", "relative"):
             raise InputError(f"position must be 'absolute' or 'relative', got {position!r}")
         if any(heads and dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
@@ -228,13 +261,13 @@ class LIT(Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone beside biases and norms, as published."""
+        """Return names of further parameters without weight decay, besides biases and norms, as published."""
         names = [name for name, _ in self.named_parameters()]
         return {name for name in names if name == "cls_token" or name.endswith("relative_position_bias_table")}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that put the parameters in order of depth, for layer-wise learning rates."""
+        """Return patterns that order the parameters by depth, for layer-wise learning rates."""
         last = len(self.stages) - 1
         if coarse:
             return {"stem": r"^patch_embed", "blocks": [(r"^stages\.(\d+)", None), (r"^cls_", (last,))]}
@@ -248,32 +281,64 @@ class LIT(Backbone):
             ],
         }
 
+    @staticmethod
+    def from_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Translate a published state dict to our names and layouts, see `Backbone.from_published`.
+
+        LIT-Ti's class position, the first row of its last position table, becomes an entry of its own. Index tables,
+        which can be computed, are dropped.
+        """
+        if not any(name.startswith(("patch_embed1.", "layers.0.blocks.")) for name in state_dict):
+            return dict(state_dict)
+        own = {}
+        for name, value in state_dict.items():
+            if name.endswith("relative_position_index"):
+                continue
+            for pattern, replacement in _PUBLISHED_NAMES:
+                name = re.sub(pattern, replacement, name)
+            if name.endswith(".pos_embed") and value.dim() == 3:
+                side = math.isqrt(value.shape[1])
+                if value.shape[1] == side * side + 1:
+                    own["cls_pos_embed"], value = value[:, :1], value[:, 1:]
+                value = value.unflatten(1, (side, -1))
+            elif name.endswith("relative_position_bias_table") and value.dim() == 2:
+                value = value.t().unflatten(1, (math.isqrt(value.shape[0]), -1))
+            own[name] = value
+        return own
+
+    def _resize_entry(self, name: str, value: Tensor, shape: torch.Size) -> Tensor:
+        if name.endswith(".pos_embed") and value.dim() == 4:
+            return resize_position_table(value, tuple(shape[1:3]))
+        if name.endswith("relative_position_bias_table") and value.dim() == 3:
+            return resize_relative_table(value, tuple((side + 1) // 2 for side in shape[1:]))
+        return value
+
     def _drop_class_token(self) -> None:
         self.cls_token = self.cls_pos_embed = None
 
     def _class_token(self) -> Tensor | None:
         return None if self.cls_token is None else self.cls_token + self.cls_pos_embed
 
-    def _embed(self, x: Tensor) -> Tensor:
-        refuse_small(x)
+    def _stem(self, x: Tensor) -> Tensor:
+        check_min_size(x)
         return self.patch_embed(_pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2))
 
-    def _last_tokens(self, x: Tensor, stage_input: Tensor) -> Tensor:
-        if self.cls_token is not None:  # a dense map has no class token: the last stage runs a second time
-            x = self.stages[-1](stage_input, self._class_token())
-        return self.norm(x)
+    def _final_tokens(self, last_output: Tensor, last_input: Tensor) -> Tensor:
+        if self.cls_token is not None:  # the stage ran without it, for the dense map
+            last_output = self.stages[-1](last_input, self._class_token())
+        return self.norm(last_output)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens after the last norm.
+        """Compute the tokens after the last norm.
 
         Args:
-            x: images of `img_size`, (B, in_chans, H, W).
+            x: Images of `img_size`, (B, in_chans, H, W).
 
         Returns:
-            (B, H/32, W/32, C); with a class token, which comes first, (B, 1 + N, C).
+            Tokens, (B, H/32, W/32, C), or with a class token, which comes first, (B, 1 + N, C).
 
         Raises:
-            InputError: images of another size.
+            InputError: The images have another size.
         """
         if tuple(x.shape[-2:]) != self.img_size:
             height, width = x.shape[-2:]
@@ -290,11 +355,11 @@ class LIT(Backbone):
         """Pool the tokens of `forward_features` and classify them.
 
         Args:
-            x: tokens, (B, H/32, W/32, C) or (B, 1 + N, C).
-            pre_logits: return what the classifier would get, (B, C).
+            x: Tokens, (B, H/32, W/32, C) or (B, 1 + N, C).
+            pre_logits: Whether to return the classifier's input, (B, C).
 
         Returns:
-            Logits, (B, num_classes). Without pooling, a prediction a token.
+            Logits, (B, num_classes). Without pooling, logits of each token.
         """
         x = self._pool(x)
         return x if pre_logits else self.head(x)
@@ -320,7 +385,7 @@ default_cfgs = generate_default_cfgs({"lit_ti": _cfg(), "lit_s": _cfg(), "lit_m"
 
 
 @register_model
-def lit_ti(pretrained: bool = False, **kwargs) -> LIT | Features:
+def lit_ti(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-Ti: class token, absolute position; 19.9 M parameters, 3.6 G multiply-adds at 224."""
     config = {
         "dims": (64, 128, 320, 512),
@@ -332,25 +397,25 @@ def lit_ti(pretrained: bool = False, **kwargs) -> LIT | Features:
         "global_pool": "token",
         "norm_eps": 1e-6,
     }
-    return build(LIT, "lit_ti", pretrained, config | kwargs)
+    return create_backbone(LIT, "lit_ti", pretrained, **(config | kwargs))
 
 
 @register_model
-def lit_s(pretrained: bool = False, **kwargs) -> LIT | Features:
+def lit_s(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-S: relative position, mean pooling; 28.0 M parameters, 4.1 G multiply-adds at 224."""
     config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "num_heads": (0, 0, 12, 24)}
-    return build(LIT, "lit_s", pretrained, config | kwargs)
+    return create_backbone(LIT, "lit_s", pretrained, **(config | kwargs))
 
 
 @register_model
-def lit_m(pretrained: bool = False, **kwargs) -> LIT | Features:
+def lit_m(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-M: LIT-S with 18 blocks in stage 3; 49.4 M parameters, 8.6 G multiply-adds at 224."""
     config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 12, 24)}
-    return build(LIT, "lit_m", pretrained, config | kwargs)
+    return create_backbone(LIT, "lit_m", pretrained, **(config | kwargs))
 
 
 @register_model
-def lit_b(pretrained: bool = False, **kwargs) -> LIT | Features:
+def lit_b(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-B: LIT-M with wider stages; 87.3 M parameters, 15.0 G multiply-adds at 224."""
     config = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
-    return build(LIT, "lit_b", pretrained, config | kwargs)
+    return create_backbone(LIT, "lit_b", pretrained, **(config | kwargs))

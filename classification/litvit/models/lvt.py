@@ -7,6 +7,8 @@ Shape letters: B images, (H, W) map size, (h, w) size of a reduced map, C channe
 channels-last, (B, H, W, C), from the image to the last stage.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
@@ -14,11 +16,30 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from litvit.errors import InputError
-from litvit.models.backbone import Backbone, Features, build, default_cfg, init_linear, refuse_small, run_blocks
+from litvit.models.backbone import (
+    Backbone,
+    BackboneFeatures,
+    check_min_size,
+    create_backbone,
+    default_cfg,
+    init_linear,
+    run_blocks,
+)
+
+_PUBLISHED_NAMES = [
+    (r"^backbone\.(\d)\.0\.", r"stages.\1.patch_embed."),
+    (r"^backbone\.(\d)\.1\.", r"stages.\1.blocks."),
+    (r"^post_network\.", "class_blocks."),
+    (r"^norm([0-3])\.", r"out_norms.\1."),
+    (r"\.attn\.weight\.weight", ".attn.v"),
+    (r"\.attn\.ds\.", ".attn.atrous."),
+    (r"\.attn\.sr\.", ".attn.reduce."),
+    (r"\.mlp\.depconv\.", ".mlp.conv."),
+]
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patches: (B, H, W, in_dim) -> (B, ceil(H/stride), ceil(W/stride), dim)."""
+    """Embed overlapping patches: (B, H, W, in_dim) -> (B, ceil(H/stride), ceil(W/stride), dim)."""
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -36,17 +57,18 @@ class ConvolutionalSelfAttention(nn.Module):
     from the mean of 2 x 2 tokens, mixes the projected values; overlapping patches add up.
 
     Args:
-        dim: channels.
-        num_heads: heads.
+        dim: Number of channels.
+        num_heads: Number of heads.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        # (head, position mixed in, position that gets it): a CPU's softmax over a last axis of 9 is ten times as slow
+        # The output's layout is (head, source, target), and softmax goes over the sources, the middle axis. On a CPU a
+        # softmax over a last axis of 9 is ten times as slow.
         self.attn = nn.Linear(dim, num_heads * 81)
-        self.v = nn.Parameter(torch.empty(9, dim, dim))  # position in the patch, out, in
+        self.v = nn.Parameter(torch.empty(9, dim, dim))  # (position in the patch, out, in)
         trunc_normal_(self.v, std=0.02)
         self.proj = nn.Linear(dim, dim)
 
@@ -61,14 +83,15 @@ class ConvolutionalSelfAttention(nn.Module):
         return self.proj(_fold(mixed.view(B, h, w, self.num_heads, 3, 3, -1), (H, W)))
 
 
-# Along an axis, patch i of 3 at stride 2 starts at token 2i - 1: its middle is an even token, which no other patch has,
-# its end an odd one, where patch i + 1 starts. So written, folding is the backward of unfolding, and both are copies.
+# Along each axis, patch i of 3 tokens at stride 2 starts at token 2i - 1. Its middle is an even token, which no other
+# patch contains. Its end is an odd one, where patch i + 1 starts. In these terms folding is the backward pass of
+# unfolding, and both only copy and add.
 
 
 def _unfold(x: Tensor, h: int, w: int) -> Tensor:
-    """Cut (B, H, W, C) into h x w patches, zeros around: (3, 3, B, h, w, C)."""
+    """Cut (B, H, W, C), padded with zeros, into h x w patches of 3 x 3: (3, 3, B, h, w, C)."""
     B, H, W, C = x.shape
-    # So written, sizes that torch.compile does not know come out as h and w again, which it need not prove.
+    # In this form torch.compile need not prove that unknown sizes come out as h and w again.
     bottom, right = 2 * h - H, 2 * w - W
     if torch.compiler.is_compiling() or bottom or right:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
@@ -95,11 +118,11 @@ class RecursiveAtrousSelfAttention(nn.Module):
     Recursive: X_1 = x, X_2 = SiLU(A(x)), X_{t+1} = SiLU(A(X_t + X_{t-1})).
 
     Args:
-        dim: channels.
-        num_heads: heads.
-        reduction: keys and values come from a map shrunk by this factor.
-        atrous_rates: dilations.
-        recursion_depth: times that attention is applied.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        reduction: Factor by which the map of the keys and values is reduced.
+        atrous_rates: Dilations of the queries' convolution.
+        recursion_depth: Number of times that attention is applied.
     """
 
     def __init__(
@@ -118,7 +141,7 @@ class RecursiveAtrousSelfAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         q = self.q(x).permute(0, 3, 1, 2)
         scales = [
@@ -132,14 +155,14 @@ class RecursiveAtrousSelfAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
     def forward(self, x: Tensor) -> Tensor:
-        before, x = x, F.silu(self._attend(x))
+        previous, x = x, F.silu(self._attention(x))
         for _ in range(self.recursion_depth - 1):
-            before, x = x, F.silu(self._attend(x + before))
+            previous, x = x, F.silu(self._attention(x + previous))
         return x
 
 
 class ConvMlp(nn.Module):
-    """MLP with a 3 x 3 depthwise convolution before its activation: (B, H, W, dim) -> the same."""
+    """MLP with a 3 x 3 depthwise convolution before its activation, on (B, H, W, dim)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -152,12 +175,12 @@ class ConvMlp(nn.Module):
 
 
 def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to a channels-last map, which torch sees as such: nothing is copied."""
+    """Apply a convolution to a channels-last map. The permutations are views, nothing is copied."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
-    """A pre-norm block of an attention and an MLP: (B, H, W, dim) -> the same."""
+    """Pre-norm block of attention and MLP, on (B, H, W, dim)."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float) -> None:
         super().__init__()
@@ -173,7 +196,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding and blocks: (B, H, W, in_dim) -> (B, h, w, dim)."""
+    """One stage, patch embedding and blocks: (B, H, W, in_dim) -> (B, h, w, dim)."""
 
     def __init__(self, patch_embed: PatchEmbed, blocks: list[Block], hidden: int) -> None:
         super().__init__()
@@ -182,21 +205,21 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.hidden = hidden
 
-    def forward(self, x: Tensor, mixed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mix_mask: Tensor | None = None) -> Tensor:
         x = self.patch_embed(x)
-        if mixed is not None:
+        if mix_mask is not None:  # of the first stage, at stride 4: 8 x 8 tokens per element of the mask
             h, w = x.shape[1:3]
-            x = _paste(x, mixed.repeat_interleave(8, 0).repeat_interleave(8, 1)[:h, :w])
+            x = _mix(x, mix_mask.repeat_interleave(8, 0).repeat_interleave(8, 1)[:h, :w])
         return run_blocks(self.blocks, x, hidden=self.hidden, recompute=self.grad_checkpointing)
 
 
-def _paste(x: Tensor, mixed: Tensor) -> Tensor:
-    """Replace what lies in the box by the batch in reverse order: (B, H, W, C), bool (H, W)."""
-    return torch.where(mixed[..., None], x.flip(0), x)
+def _mix(x: Tensor, mask: Tensor) -> Tensor:
+    """Replace tokens (B, H, W, C) by those of the batch in reverse order where the mask, bool (H, W), is true."""
+    return torch.where(mask[..., None], x.flip(0), x)
 
 
 class ClassAttention(nn.Module):
-    """Attention of the class token, the first, to all tokens: (B, N, C) -> (B, 1, C)."""
+    """Attention of the class token, which comes first, to all tokens: (B, N, C) -> (B, 1, C)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -213,7 +236,7 @@ class ClassAttention(nn.Module):
 
 
 class ClassBlock(nn.Module):
-    """A pre-norm block that changes the class token alone: tokens (B, N, dim), the class token first."""
+    """Pre-norm block that changes only the class token: tokens (B, N, dim), the class token first."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -231,28 +254,30 @@ class ClassBlock(nn.Module):
 class LVT(Backbone):
     """Lite vision transformer, as classifier or dense backbone, with the interface of timm's models.
 
-    Takes images of any size from 32 up; the map at stride s is ceil(size / s). After the last stage a class token joins
-    and attends to all tokens in class-attention blocks (as in VOLO); scores are `head` of the class token plus half of
-    the largest that `aux_head` gives to one of the other tokens. Dense maps come before that, and have no norm.
+    Takes images of any size from 32 up. The map at stride s has ceil(size / s) tokens per side. After the last stage a
+    class token joins and attends to all tokens in class-attention blocks (as in VOLO). The scores are `head` of the
+    class token plus half of the largest score that `aux_head` gives to one of the other tokens. Dense maps are taken
+    before that, without a norm.
 
     Args:
-        in_chans: image channels.
-        num_classes: classes, 0 for no classifier.
-        global_pool: what `head` sees: "token" (the class token), "avg" (mean of the other tokens), "" (every token).
-        dims: channels of the four stages.
-        depths: blocks of the four stages.
-        num_heads: heads of the four stages.
-        mlp_ratios: hidden width of the MLPs over the channels, a stage each.
-        reductions: of keys and values, in stages 2 to 4.
-        atrous_rates: dilations of the queries' convolution, in stages 2 to 4.
-        recursion_depth: times that a RASA is applied.
-        class_blocks: class-attention blocks.
-        class_heads: their heads.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last stage's last block, rising linearly from 0 at the first block.
+        in_chans: Number of image channels.
+        num_classes: Number of classes, 0 for no classifier.
+        global_pool: Input of `head`: "token" (the class token), "avg" (mean of the other tokens) or "" (every token).
+        dims: Number of channels of each stage.
+        depths: Number of blocks of each stage.
+        num_heads: Number of attention heads of each stage.
+        mlp_ratios: Ratio of the MLPs' hidden width to the channels in each stage.
+        reductions: Reduction factors of keys and values in stages 2 to 4.
+        atrous_rates: Dilations of the queries' convolution in stages 2 to 4.
+        recursion_depth: Number of times that each RASA applies its attention.
+        class_blocks: Number of class-attention blocks.
+        class_heads: Number of attention heads of the class-attention blocks.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate of the last stage's last block. It rises linearly from 0 at the first
+            block.
 
     Raises:
-        InputError: a global_pool, num_heads, recursion_depth or atrous_rates that does not fit.
+        InputError: global_pool, num_heads, recursion_depth or atrous_rates does not fit.
     """
 
     classifiers = ("head", "aux_head")
@@ -313,12 +338,12 @@ class LVT(Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone beside biases and norms."""
+        """Return names of further parameters without weight decay, besides biases and norms."""
         return {"cls_token"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that put the parameters in order of depth, for layer-wise learning rates."""
+        """Return patterns that order the parameters by depth, for layer-wise learning rates."""
         last = len(self.stages)
         blocks = [(r"^stages\.(\d+)\.patch_embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         if coarse:
@@ -332,36 +357,60 @@ class LVT(Backbone):
         self.cls_token = None
         self.class_blocks = nn.Sequential()
 
-    def _embed(self, x: Tensor) -> Tensor:
-        refuse_small(x)
+    @staticmethod
+    def from_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Translate a published state dict to our names and layouts, see `Backbone.from_published`.
+
+        1 x 1 convolutions become linear layers, and the two positions of the 9 x 9 attention change places. The norms
+        that dense checkpoints hold and nothing uses are dropped.
+        """
+        if not any(name.startswith("backbone.0.0.") for name in state_dict):
+            return dict(state_dict)
+        own = {}
+        for name, value in state_dict.items():
+            if name.startswith("downstream_norms."):
+                continue
+            for pattern, replacement in _PUBLISHED_NAMES:
+                name = re.sub(pattern, replacement, name)
+            if name.endswith(".attn.v"):
+                value = value.view(9, -1, value.shape[1])
+            elif ".attn.attn." in name:
+                value = value.unflatten(0, (-1, 9, 9)).transpose(1, 2).flatten(0, 2)
+            elif name.endswith((".mlp.fc1.weight", ".mlp.fc2.weight")):
+                value = value.flatten(1)
+            own[name] = value
+        return own
+
+    def _stem(self, x: Tensor) -> Tensor:
+        check_min_size(x)
         return x.permute(0, 2, 3, 1)
 
-    def _last_tokens(self, x: Tensor, stage_input: Tensor | None = None) -> Tensor:
-        B, h, w, C = x.shape
+    def _final_tokens(self, last_output: Tensor, last_input: Tensor | None = None) -> Tensor:
+        B, h, w, C = last_output.shape
         if self.cls_token is None:
-            return self.norm(x)
-        token = self.cls_token.expand(B, -1, -1).to(x.dtype)
-        return self.norm(self.class_blocks(torch.cat((token, x.reshape(B, h * w, C)), dim=1)))
+            return self.norm(last_output)
+        token = self.cls_token.expand(B, -1, -1).to(last_output.dtype)
+        return self.norm(self.class_blocks(torch.cat((token, last_output.reshape(B, h * w, C)), dim=1)))
 
-    def forward_features(self, x: Tensor, mixed: Tensor | None = None) -> Tensor:
-        """Tokens after class attention and the last norm.
+    def forward_features(self, x: Tensor, mix_mask: Tensor | None = None) -> Tensor:
+        """Compute the tokens after class attention and the last norm.
 
         Args:
-            x: images, (B, in_chans, H, W).
-            mixed: see `forward`.
+            x: Images, (B, in_chans, H, W).
+            mix_mask: Mask of mix token, see `forward`.
 
         Returns:
-            (B, 1 + H/32 * W/32, C), the class token first.
+            Tokens, (B, 1 + N, C) with N = ceil(H / 32) * ceil(W / 32), the class token first.
         """
-        x = self.stages[0](self._embed(x), mixed)
+        x = self.stages[0](self._stem(x), mix_mask)
         for stage in self.stages[1:]:
             x = stage(x)
-        return self._last_tokens(x)
+        return self._final_tokens(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify the tokens of `forward_features`, (B, 1 + N, C) -> (B, num_classes).
 
-        With `pre_logits` return what `head` would get, (B, C). Without pooling, a prediction a token.
+        With `pre_logits` return the input of `head`, (B, C). Without pooling, return logits of each token.
         """
         pooled = self._pool(x)
         if pre_logits or not self.num_classes:
@@ -369,26 +418,30 @@ class LVT(Backbone):
         scores = self.head(pooled)
         return scores + 0.5 * self.aux_head(x[:, 1:]).amax(1) if self.global_pool else scores
 
-    def forward(self, x: Tensor, mixed: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mix_mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images: (B, in_chans, H, W) -> (B, num_classes).
 
         Args:
-            x: images.
-            mixed: mix tokens, as token labelling (LV-ViT) trains: bool (ceil(H / 32), ceil(W / 32)), true inside a box.
-                After the first patch embedding its content is replaced by that of the batch in reverse order.
+            x: Images.
+            mix_mask: Mask of mix token, as token labelling (LV-ViT) trains: bool (ceil(H / 32), ceil(W / 32)), true
+                inside a box. After the first patch embedding, the tokens in the box are replaced by those of the batch
+                in reverse order.
 
         Returns:
-            Class scores. With `mixed`: `head`'s (B, num_classes), of the mixture, and `aux_head`'s a token, row by row,
-            (B, N, num_classes), those in the box given back to the images that it came from.
+            Class scores. With `mix_mask` a pair: scores of `head` for the mixed images, (B, num_classes), and scores of
+            `aux_head` for each token, row by row, (B, N, num_classes). The latter are those of the images that the
+            tokens came from: in the box the batch is reversed back.
         """
-        if mixed is not None and mixed.shape != (grid := tuple((side + 31) // 32 for side in x.shape[-2:])):
-            raise InputError(f"mixed must be {grid} for images of {tuple(x.shape[-2:])}, got {tuple(mixed.shape)}")
-        tokens = self.forward_features(x, mixed)
-        if mixed is None:
+        s = self.total_stride
+        if mix_mask is not None and mix_mask.shape != (grid := tuple((side + s - 1) // s for side in x.shape[-2:])):
+            got = f"for images of {tuple(x.shape[-2:])}, got {tuple(mix_mask.shape)}"
+            raise InputError(f"mix_mask must be {grid} {got}")
+        tokens = self.forward_features(x, mix_mask)
+        if mix_mask is None:
             return self.forward_head(tokens)
         scores = self.head(self._pool(tokens))
         token_scores = self.aux_head(tokens[:, 1:])
-        return scores, _paste(token_scores.unflatten(1, mixed.shape), mixed).flatten(1, 2)
+        return scores, _mix(token_scores.unflatten(1, mix_mask.shape), mix_mask).flatten(1, 2)
 
 
 default_cfgs = generate_default_cfgs(
@@ -401,12 +454,12 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def lvt(pretrained: bool = False, **kwargs) -> LVT | Features:
+def lvt(pretrained: bool = False, **kwargs) -> LVT | BackboneFeatures:
     """LVT: 3.4 M parameters as backbone, 5.5 M and 0.9 G multiply-adds at 224 as classifier."""
-    return build(LVT, "lvt", pretrained, kwargs)
+    return create_backbone(LVT, "lvt", pretrained, **kwargs)
 
 
 @register_model
-def lvt_cls(pretrained: bool = False, **kwargs) -> LVT | Features:
-    """LVT by the name that the published commands use."""
+def lvt_cls(pretrained: bool = False, **kwargs) -> LVT | BackboneFeatures:
+    """LVT under the name that the published commands use."""
     return lvt(pretrained, **kwargs)

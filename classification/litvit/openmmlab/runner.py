@@ -24,8 +24,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from litvit.checkpoints import recognise, to_own_names
 from litvit.errors import InputError
+from litvit.models import identify_model, translate_published
 from litvit.openmmlab import Backbone, local_rank
 from litvit.openmmlab.mmcv_ops import provide_operators
 
@@ -70,7 +70,7 @@ def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
         if name.startswith(prefix) and not name.endswith("num_batches_tracked")
     ]
     if problems:
-        bare = to_own_names(entries.get("model", entries))
+        bare = translate_published(entries.get("model", entries))
         if bare.keys() & model.backbone.state_dict().keys():
             raise InputError(
                 f"{filename} holds a backbone alone, as ImageNet weights do: name it by --cfg-options "
@@ -78,7 +78,7 @@ def check_fit(model: nn.Module, filename: str, prefix: str = "") -> dict:
             )
         start = "backbone."
         backbone = {name.removeprefix(start): value for name, value in entries.items() if name.startswith(start)}
-        held = f"its backbone is {arch}" if (arch := recognise(backbone)) else "it is of another model"
+        held = f"its backbone is {arch}" if (arch := identify_model(backbone)) else "it is of another model"
         if not any(problem.startswith(start) for problem in problems):
             held = "its backbone does, its heads do not (other classes?)"
         raise InputError(

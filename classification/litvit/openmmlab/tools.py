@@ -22,8 +22,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from litvit import cli
-from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
+from litvit.memory import keep_freed_memory
 from litvit.openmmlab import local_rank
 from litvit.training.model import choose_device
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from litvit.checkpoints import load_weights
-from litvit.devices import keep_freed_memory
 from litvit.errors import InputError
+from litvit.memory import keep_freed_memory
 from litvit.training.data import class_list, open_train_and_val
 from litvit.training.evaluate import evaluate
 from litvit.training.loaders import create_mixup, eval_loader, train_loader

@@ -167,7 +167,7 @@ def token_grid(settings: argparse.Namespace, model: nn.Module, image_size: int) 
     Raises:
         InputError: the model cannot be trained with token labels, nor with mixup beside, or its grid has another size.
     """
-    if getattr(model, "aux_head", None) is None or "mixed" not in inspect.signature(model.forward).parameters:
+    if getattr(model, "aux_head", None) is None or "mix_mask" not in inspect.signature(model.forward).parameters:
         raise InputError(
             f"--token-label: {settings.model} cannot mix and score its tokens; lvt can (or --no-token-label)"
         )

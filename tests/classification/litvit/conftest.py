@@ -1,7 +1,11 @@
-"""The published checkpoints, rebuilt from their entries' names and shapes."""
+"""The published checkpoints, rebuilt from their entries' names and shapes; code run in a process of its own."""
 
 import json
+import os
+import subprocess
+import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import torch
 
 DATA = Path(__file__).parents[2] / "data"
+CLASSIFICATION = Path(__file__).parents[3] / "classification"
 
 
 def _value(name, shape):
@@ -62,3 +67,22 @@ def golden():
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
     return load
+
+
+@pytest.fixture
+def run_code() -> Callable[..., tuple[str, str]]:
+    """A function that runs code in a process of its own and returns its output and warnings.
+
+    Of the settings that the code looks at, the process's environment has only those given as keyword arguments.
+    """
+
+    def run(code, **environment):
+        looked_at = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "LIT_", "CC")
+        rest = {name: value for name, value in os.environ.items() if not name.startswith(looked_at)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=rest | environment, cwd=CLASSIFICATION
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    return run

@@ -172,9 +172,9 @@ def test_recursion_depth_and_atrous_rates():
         assert all(not torch.allclose(one, other) for other in outputs[:i])
     attention = depths[2].stages[1].blocks[0].attn
     x = torch.randn(1, 8, 8, 8)
-    first = torch.nn.functional.silu(attention._attend(x))
-    second = torch.nn.functional.silu(attention._attend(first + x))
-    torch.testing.assert_close(attention(x), torch.nn.functional.silu(attention._attend(second + first)))
+    first = torch.nn.functional.silu(attention._attention(x))
+    second = torch.nn.functional.silu(attention._attention(first + x))
+    torch.testing.assert_close(attention(x), torch.nn.functional.silu(attention._attention(second + first)))
 
 
 def test_grad_checkpointing_changes_no_gradient():
@@ -233,7 +233,7 @@ def test_autocast_and_low_precision(dtype):
         (lambda: tiny(reductions=(4, 2)), "reductions must fit the 4 stages"),
         (
             lambda: tiny()(images(64, 96), torch.zeros(2, 2, dtype=torch.bool)),
-            r"mixed must be \(2, 3\) for images of \(64, 96\), got \(2, 2\)",
+            r"mix_mask must be \(2, 3\) for images of \(64, 96\), got \(2, 2\)",
         ),
     ],
 )

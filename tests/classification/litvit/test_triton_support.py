@@ -1,12 +1,7 @@
-"""What fast paths ask of the device; and their kernels' machine code for GPUs that need not be here."""
+"""Where Triton's kernels run; their machine code for GPUs that need not be here."""
 
-import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +12,6 @@ from triton.runtime.jit import JITFunction
 from litvit.attention import kernels as attention
 from litvit.dtm import triton_kernels as dtm
 
-CLASSIFICATION = Path(__file__).parents[3] / "classification"
 GPUS = pytest.mark.parametrize(
     ("capability", "dtype"), [(80, torch.float16), (80, torch.float32), (90, torch.bfloat16), (90, torch.float32)]
 )
@@ -108,49 +102,11 @@ def test_attention(compile_for, capability, dtype):
         assert not spills(code) or (capability, dtype, name) == (80, torch.float32, "_backward_kv"), name
 
 
-def run_code(code, **environment):
-    """Run code in a process whose environment says nothing else that it looks at; return what it printed and warned."""
-    looked_at = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "LIT_", "CC")
-    rest = {name: value for name, value in os.environ.items() if not name.startswith(looked_at)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=rest | environment, cwd=CLASSIFICATION
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
-def test_a_cpus_memory_is_kept_in_all_threads_unless_the_environment_has_settings_of_its_own():
-    code = """
-import resource, threading
-import torch
-from litvit.devices import keep_freed_memory
-
-def count_new_pages():
-    for step in range(32):
-        if step == 24:  # the heap may grow at first: what is freed may be some bytes too small for its alignment
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(3 * 2**22)  # 48 MiB
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 8)
-
-keep_freed_memory()
-count_new_pages()
-thread = threading.Thread(target=count_new_pages)
-thread.start()
-thread.join()
-"""
-    kept = run_code(code)[0].split()
-    given_back = run_code(code, MALLOC_MMAP_MAX_="65536")[0].split()
-    assert len(kept) == len(given_back) == 2
-    for pages, before in zip(map(int, kept), map(int, given_back), strict=True):
-        assert pages < 0.1 * before
-
-
-def test_without_a_c_compiler_torchs_operations_take_over_and_a_warning_says_so():
+def test_without_a_c_compiler_torchs_operations_take_over_and_a_warning_says_so(run_code):
     code = """
 import torch
 from torch._subclasses import FakeTensorMode
-from litvit.devices import runs_triton
+from litvit.triton_support import runs_triton
 from litvit.dtm import DeformableTokenMerging
 
 torch.cuda.get_device_capability = lambda _: (9, 0)

@@ -1,0 +1,45 @@
+"""Position tables at the size of a map: absolute ones are resized bilinearly, relative ones bicubically."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_position_table(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize an absolute position table bilinearly, in float32.
+
+    Args:
+        table: Absolute position table, (1, h, w, C).
+        size: Height and width to resize it to.
+
+    Returns:
+        Resized table, (1, *size, C). A table of that size is returned as it is.
+    """
+    if tuple(table.shape[1:3]) == tuple(size):
+        return table
+    with torch.autocast(table.device.type, enabled=False):
+        resized = F.interpolate(table.permute(0, 3, 1, 2).float(), size=size, mode="bilinear").permute(0, 2, 3, 1)
+    return resized.to(table.dtype)
+
+
+def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize a relative position table bicubically, in float32.
+
+    Args:
+        table: Relative position table, (heads, 2h' - 1, 2w' - 1).
+        grid: Height h and width w of the map to resize it for.
+
+    Returns:
+        Resized table, (heads, 2h - 1, 2w - 1). A table of that size is returned as it is.
+    """
+    size = tuple(2 * side - 1 for side in grid)
+    if tuple(table.shape[1:]) == size:
+        return table
+    # Interpolation is linear and works on one axis at a time. As two matrix products its gradient needs no atomic
+    # additions, which deterministic mode refuses. The matrices are interpolated identity matrices.
+    with torch.autocast(table.device.type, enabled=False):
+        rows, columns = (
+            F.interpolate(torch.eye(old, device=table.device)[None, None], size=(new, old), mode="bicubic")[0, 0]
+            for old, new in zip(table.shape[1:], size, strict=True)
+        )
+        return (rows @ table.float() @ columns.T).to(table.dtype)
