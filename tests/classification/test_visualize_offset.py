@@ -8,6 +8,7 @@ from PIL import Image
 from timm.models import create_model
 from torch import nn
 
+from litvit.dtm.offsets import GREEN, RED
 from litvit.errors import InputError
 
 SMALL = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 2)}
@@ -16,7 +17,7 @@ SMALL_FLAGS = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, va
 
 def green_and_red(path: Path) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.asarray(Image.open(path)).astype(int)
-    return tuple((np.abs(pixels - colour).max(-1) < 30) for colour in (visualize_offset.GREEN, visualize_offset.RED))
+    return tuple((np.abs(pixels - colour).max(-1) < 30) for colour in (GREEN, RED))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Deformable token merging: the module of the LIT paper and its functional form, for channels-last tokens."""
 
 from litvit.dtm.deform_conv import deform_conv_tokens
-from litvit.dtm.merging import DeformableTokenMerging
+from litvit.dtm.merging import DeformableTokenMerging, offset_parameters
 
-__all__ = ["DeformableTokenMerging", "deform_conv_tokens"]
+__all__ = ["DeformableTokenMerging", "deform_conv_tokens", "offset_parameters"]

@@ -1,4 +1,4 @@
-"""Deformable token merging, the downsampling of LIT: tokens of an object merge, wherever they lie."""
+"""Deformable token merging, the downsampling of LIT: tokens of one object merge, wherever they lie."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,19 @@ from litvit.dtm.deform_conv import deform_conv_tokens
 class DeformableTokenMerging(nn.Module):
     """Merge 2 x 2 tokens with learned offsets: DTM(X) = GELU(BatchNorm(DeformConv(X))).
 
-    Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. Offsets start at 0, where
-    the module is an ordinary strided convolution. Train `offset.weight` and `offset.bias` at a small learning rate
-    (LIT: 0.01 of the rest).
+    Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. The norm (BatchNorm), the
+    activation (GELU) and the factor (2) are fixed. Offsets start at 0, where the module is an ordinary strided
+    convolution followed by norm and activation.
+
+    Train the offsets, the parameters of `self.offset`, at a lower learning rate than the rest, 0.01 times in LIT:
+
+        offsets = offset_parameters(model)
+        rest = [p for p in model.parameters() if all(p is not offset for offset in offsets)]
+        torch.optim.AdamW([{"params": rest}, {"params": offsets, "lr": 0.01 * lr}], lr=lr)
 
     Args:
-        in_dim: channels of the tokens that are merged.
-        out_dim: channels of the merged tokens.
+        in_dim: Number of channels of the tokens to merge.
+        out_dim: Number of channels of the merged tokens.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -31,12 +37,12 @@ class DeformableTokenMerging(nn.Module):
         """Merge tokens.
 
         Args:
-            x: tokens, (B, H, W, in_dim). An odd last row or column is dropped, pad before if it matters.
-            return_offset: also return the offsets.
+            x: Tokens, (B, H, W, in_dim). An odd last row or column is dropped. Pad before if it matters.
+            return_offset: Whether to return the offsets too.
 
         Returns:
-            Tokens (B, H//2, W//2, out_dim); with `return_offset` also the offsets (B, H//2, W//2, 8) in pixels of the
-            input map, (dy, dx) for the taps (0, 0), (0, 1), (1, 0), (1, 1).
+            Tokens, (B, H//2, W//2, out_dim). With `return_offset` also the offsets, (B, H//2, W//2, 8), in pixels of
+            the input map: (dy, dx) for the taps (0, 0), (0, 1), (1, 0), (1, 1).
 
         Raises:
             ValueError: x has another shape, or is a map of fewer than 2 x 2 tokens.
@@ -56,9 +62,15 @@ class DeformableTokenMerging(nn.Module):
         return (merged, offset) if return_offset else merged
 
     def _normalised_conv(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution with the norm's running statistics, scale and shift in them."""
+        """Fold the norm's running statistics, scale and shift into weight and bias of the convolution."""
         weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
         shift = (bias - norm.running_mean) * scale + norm.bias
         return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(bias.dtype)
+
+
+def offset_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the offset convolutions of all merging modules in a model, which learn more slowly."""
+    merging = (module for module in model.modules() if isinstance(module, DeformableTokenMerging))
+    return [parameter for module in merging for parameter in module.offset.parameters()]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import deform_conv2d
 
-from litvit.dtm import DeformableTokenMerging, deform_conv_tokens
+from litvit.dtm import DeformableTokenMerging, deform_conv_tokens, offset_parameters
 
 
 def _tensors(k=2, height=8, width=8, offset_scale=1.0, dtype=torch.float64):
@@ -210,6 +210,22 @@ def test_module_converts_to_synchronised_batch_norm():
     merge = torch.nn.SyncBatchNorm.convert_sync_batchnorm(DeformableTokenMerging(6, 10))
     assert isinstance(merge.norm, torch.nn.SyncBatchNorm)
     assert merge.eval()(torch.randn(2, 4, 4, 6)).shape == (2, 2, 2, 10)
+
+
+def test_offset_parameters_of_any_model_learn_at_their_own_rate():
+    model = torch.nn.Sequential(DeformableTokenMerging(4, 6), torch.nn.Sequential(DeformableTokenMerging(6, 8)))
+    offsets = offset_parameters(model)
+    assert [id(p) for p in offsets] == [id(p) for name, p in model.named_parameters() if ".offset." in name]
+    assert offset_parameters(torch.nn.Linear(3, 3)) == []
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rest = [p for p in model.parameters() if all(p is not offset for offset in offsets)]
+    optimizer = torch.optim.SGD([{"params": rest}, {"params": offsets, "lr": 0.01}], lr=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = torch.full_like(parameter, 0.01 if ".offset." in name else 1.0)
+        torch.testing.assert_close(before[name] - parameter, moved)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@ import torch
 from timm.models import create_model
 from torch import nn
 
-from litvit.analysis.offsets import merging_modules, predict_offsets, sampling_locations
+from litvit.dtm.offsets import merging_modules, predict_offsets, sampling_locations
 from litvit.errors import InputError
 
 
