@@ -74,7 +74,7 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     h, w = grid
     # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
-    if torch.compiler.is_compiling() and not (is_static(h) and is_static(w)):
+    if torch.compiler.is_compiling() and not (_is_static(h) and _is_static(w)):
         # unfold would make constants of the sizes, and a graph for each; the gradient of these windows is slower.
         table = table.contiguous()
         rows, columns = table.stride()[1:]
@@ -84,7 +84,7 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return windows.flip(3, 4).reshape(1, -1, h * w, h * w)
 
 
-def is_static(size: int | torch.SymInt) -> bool:
+def _is_static(size: int | torch.SymInt) -> bool:
     """Return whether the graph that torch.compile is making is for this size alone."""
     try:
         from torch.fx.experimental.symbolic_shapes import has_static_value

@@ -41,8 +41,8 @@ def predict_offsets(model: nn.Module, images: Tensor) -> list[Tensor]:
         images: Images, (B, 3, H, W), normalised as in training, of any size from 32 up.
 
     Returns:
-        Offsets of each merging module, first stage first, (B, h, w, 8) in pixels of the module's input map: (dy, dx) for
-        the taps (0, 0), (0, 1), (1, 0), (1, 1).
+        Offsets of each merging module, first stage first, (B, h, w, 8) in pixels of the module's input map: (dy, dx)
+        for the taps (0, 0), (0, 1), (1, 0), (1, 1).
 
     Raises:
         InputError: The model has no merging modules.
@@ -80,7 +80,7 @@ def sampling_locations(offsets: Sequence[Tensor]) -> Tensor:
 
     Returns:
         Locations (y, x) in pixels, (B, h, w, n, 2) with the last map's h and w and n = 4 ** len(offsets). The centre of
-        the image's first pixel is (0, 0). Locations are in the order of the taps, those of the last module vary slowest.
+        the image's first pixel is (0, 0). Locations are in the order of the taps, with the last module's slowest.
 
     Raises:
         InputError: The offsets are infinite or NaN.

@@ -14,18 +14,10 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litvit.attention.relative import is_static
 from litvit.checkpoints import keep_own_classifier
 from litvit.errors import InputError
 
 _logger = logging.getLogger(__name__)
-
-# What a hidden layer may have, a thread, in one part of a batch in inference on a CPU. 7 to 11 MiB in all did best for
-# LIT-Ti, S, B and LVT on two threads with 32 MiB of cache; arrays of more than 32 MiB are new pages each time.
-_THREAD_BYTES = 9 * 2**19
-_MOST_BLOCKS = 32  # a stage in one graph of torch.compile, each part counted
-# torch before 2.7 doesn't tell an export from other graphs.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class Backbone(nn.Module, ABC):
@@ -269,56 +261,21 @@ def check_min_size(x: Tensor) -> None:
         )
 
 
-def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, *args, hidden: int, recompute: bool, tokenwise: bool = False
-) -> Tensor:
-    """Run blocks one after the other, `recompute`-ing them in the backward pass where there is one.
-
-    On a CPU in inference, large batches go through all blocks in parts which stay in its cache: taken at once, the
-    hidden layers of early blocks are so large that every product reads them from memory, into pages that the system
-    clears first.
+def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tensor:
+    """Run blocks one after the other.
 
     Args:
-        blocks: which look at each image of a batch alone.
-        x: (B, ..., C).
-        args: what else the blocks take.
-        hidden: channels of the widest layer within blocks.
-        recompute: keep nothing that is within blocks for the backward pass.
-        tokenwise: blocks look at each token of (B, N, C) alone, so that a part may be some tokens, (1, n, C).
+        blocks: Blocks of a stage.
+        x: Input of the first block.
+        *args: Further arguments of each block.
+        recompute: Whether to recompute the blocks in the backward pass instead of keeping their activations.
     """
-    batch, dim = (x.reshape(1, -1, x.shape[-1]), 1) if tokenwise else (x, 0)
-    parts = _parts(blocks, batch, dim, hidden)
-    if parts == 1:
-        return _run_blocks(blocks, x, *args, recompute=recompute)
-    outs = [_run_blocks(blocks, part, *args, recompute=False) for part in batch.tensor_split(parts, dim)]
-    return torch.cat(outs, dim).view(x.shape)
-
-
-def _run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tensor:
     for block in blocks:
         if recompute and torch.is_grad_enabled():
             x = checkpoint(block, x, *args, use_reentrant=False)
         else:
             x = block(x, *args)
     return x
-
-
-def _parts(blocks: nn.ModuleList, x: Tensor, dim: int, hidden: int) -> int:
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting():
-        return 1
-    # Hooks see whole batches, and stochastic depth, which may be on alone, draws for whole images.
-    if any(m.training or m._forward_hooks or m._forward_pre_hooks for m in blocks.modules()):
-        return 1
-    size = x.numel() // x.shape[-1] * hidden * x.element_size()
-    if torch.compiler.is_compiling() and not is_static(size):
-        return 1  # a graph for all sizes must not ask for one
-    parts = max(min(round(size / _part_bytes()), x.shape[dim]), 1)
-    return 1 if torch.compiler.is_compiling() and parts * len(blocks) > _MOST_BLOCKS else parts
-
-
-@torch.compiler.assume_constant_result
-def _part_bytes() -> int:
-    return _THREAD_BYTES * torch.get_num_threads()
 
 
 def init_linear(module: nn.Module) -> None:

@@ -145,8 +145,6 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.hidden = int(dim * mlp_ratio)
-        self.tokenwise = not num_heads
         self.downsample = None if in_dim is None else DeformableTokenMerging(in_dim, dim)
         self.pos_embed = None
         if position == "absolute":
@@ -170,8 +168,7 @@ class Stage(nn.Module):
         x = x.reshape(B, h * w, C)
         if class_token is not None:
             x = torch.cat((class_token.expand(B, -1, -1).to(x.dtype), x), dim=1)
-        how = {"hidden": self.hidden, "recompute": self.grad_checkpointing, "tokenwise": self.tokenwise}
-        x = run_blocks(self.blocks, x, (h, w), **how)
+        x = run_blocks(self.blocks, x, (h, w), recompute=self.grad_checkpointing)
         return x if class_token is not None else x.view(B, h, w, C)
 
 

@@ -198,19 +198,18 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """One stage, patch embedding and blocks: (B, H, W, in_dim) -> (B, h, w, dim)."""
 
-    def __init__(self, patch_embed: PatchEmbed, blocks: list[Block], hidden: int) -> None:
+    def __init__(self, patch_embed: PatchEmbed, blocks: list[Block]) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
-        self.hidden = hidden
 
     def forward(self, x: Tensor, mix_mask: Tensor | None = None) -> Tensor:
         x = self.patch_embed(x)
         if mix_mask is not None:  # of the first stage, at stride 4: 8 x 8 tokens per element of the mask
             h, w = x.shape[1:3]
             x = _mix(x, mix_mask.repeat_interleave(8, 0).repeat_interleave(8, 1)[:h, :w])
-        return run_blocks(self.blocks, x, hidden=self.hidden, recompute=self.grad_checkpointing)
+        return run_blocks(self.blocks, x, recompute=self.grad_checkpointing)
 
 
 def _mix(x: Tensor, mask: Tensor) -> Tensor:
@@ -327,7 +326,7 @@ class LVT(Backbone):
                     mlp = ConvMlp(dim, hidden)
                 blocks.append(Block(dim, attn, mlp, drop_path))
             embed = PatchEmbed(dims[i - 1], dim, 3, 2) if i else PatchEmbed(in_chans, dim, 7, 4)
-            self.stages.append(Stage(embed, blocks, hidden))
+            self.stages.append(Stage(embed, blocks))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1]))
         trunc_normal_(self.cls_token, std=0.02)
         self.class_blocks = nn.Sequential(*(ClassBlock(dims[-1], class_heads, 4) for _ in range(class_blocks)))
