@@ -1,6 +1,6 @@
-"""Attention over all tokens of a map with a learned relative position bias, by the path that suits device and size.
+"""Attention over all tokens of a map with a learned relative position bias, on several paths.
 
-Shape letters: B images, (h, w) map, N = h*w tokens, d channels a head.
+Shape letters: B images, (h, w) map, N = h*w tokens, d channels per head.
 """
 
 import os
@@ -16,30 +16,31 @@ PATHS = ("plain", "sdpa", "triton")
 
 
 def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: str | None = None) -> Tensor:
-    """Compute softmax(q k^T / sqrt(d) + bias) v, with a learned bias for every difference in position.
+    """Compute softmax(q k^T / sqrt(d) + bias) v, with a learned bias for each difference in position.
 
     The bias of query (yi, xi) and key (yj, xj) is table[head, yi - yj + h - 1, xi - xj + w - 1]. Three paths compute
     the same:
 
     - "triton", on CUDA: kernels that look the bias up in the table, forward and backward, and write no N x N scores
-      or bias. They take float32 (as TF32 where torch's matrix products do), bfloat16 and float16, heads of 16, 32, 64
-      or 128 channels, and need compute capability 8.0 and a C compiler. LIT_TRITON=0 in the environment forbids them.
-    - "plain", on a CPU where gradients are recorded: matrix products and softmax, with the bias written out.
-    - "sdpa", elsewhere: torch's scaled_dot_product_attention, with the bias written out.
+      or bias. They take float32 (as TF32 if torch's matrix products use it), bfloat16 and float16, and heads of 16, 32,
+      64 or 128 channels. They need compute capability 8.0 and a C compiler. LIT_TRITON=0 in the environment turns them
+      off.
+    - "plain", on a CPU if gradients are recorded: matrix products and softmax, with the bias written out.
+    - "sdpa", otherwise: torch's scaled_dot_product_attention, with the bias written out.
 
     Args:
-        qkv: queries, keys and values as they come out of one projection, (B, N, 3, heads, d).
-        table: (heads, 2h - 1, 2w - 1), of any floating type.
-        grid: (h, w).
-        path: "plain", "sdpa" or "triton" to force it; None for what the environment variable LIT_ATTENTION names, or
-            without it for the choice above.
+        qkv: Queries, keys and values as one projection returns them, (B, N, 3, heads, d).
+        table: Relative position table, (heads, 2h - 1, 2w - 1), of any floating type.
+        grid: Height and width of the map, (h, w).
+        path: Path to force, "plain", "sdpa" or "triton". None for the one that the environment variable LIT_ATTENTION
+            names, or without it for the choice above.
 
     Returns:
-        (B, N, heads, d).
+        Output, (B, N, heads, d).
 
     Raises:
-        InputError: an unknown path, or one that cannot take these tokens.
-        ValueError: shapes that do not fit.
+        InputError: The path is unknown, or cannot take these tokens.
+        ValueError: Shapes do not fit.
     """
     h, w = grid
     if qkv.dim() != 5 or tuple(qkv.shape[1:3]) != (h * w, 3):
@@ -63,19 +64,19 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
 
 
 def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Write out the bias of query i and key j, table[yi - yj + h - 1, xi - xj + w - 1], for a map of (h, w) tokens.
+    """Write out the bias of each query i and key j, table[yi - yj + h - 1, xi - xj + w - 1].
 
     Args:
-        table: (heads, 2h - 1, 2w - 1).
-        grid: (h, w).
+        table: Relative position table, (heads, 2h - 1, 2w - 1).
+        grid: Height and width of the map, (h, w).
 
     Returns:
-        (1, heads, N, N).
+        Bias, (1, heads, N, N).
     """
     h, w = grid
     # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
     if torch.compiler.is_compiling() and not (_is_static(h) and _is_static(w)):
-        # unfold would make constants of the sizes, and a graph for each; the gradient of these windows is slower.
+        # unfold would make the sizes constants, with one graph for each. The gradient of these windows is slower.
         table = table.contiguous()
         rows, columns = table.stride()[1:]
         windows = table.as_strided((len(table), h, w, h, w), (table.stride(0), rows, columns, rows, columns))
@@ -84,29 +85,17 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return windows.flip(3, 4).reshape(1, -1, h * w, h * w)
 
 
-def _is_static(size: int | torch.SymInt) -> bool:
-    """Return whether the graph that torch.compile is making is for this size alone."""
-    try:
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-    except ImportError:  # in older torch
-        return False
-    return has_static_value(size)
-
-
 def choose_path(qkv: Tensor, path: str | None = None) -> str:
-    """Name the path that `relative_attention` takes for these tokens, see there.
+    """Return the path that `relative_attention` takes for these tokens, one of PATHS.
 
     Args:
-        qkv: (B, N, 3, heads, d).
-        path: to force it, or None.
-
-    Returns:
-        One of PATHS.
+        qkv: Queries, keys and values, (B, N, 3, heads, d).
+        path: Path to force, or None.
 
     Raises:
-        InputError: as there.
+        InputError: The path is unknown, or cannot take these tokens.
     """
-    if not qkv.is_meta:  # where operations are only counted
+    if not qkv.is_meta:  # meta tensors only count operations
         path = path or os.environ.get("LIT_ATTENTION")
     if path and path not in PATHS:
         raise InputError(f"the path of attention must be one of {', '.join(PATHS)}, got {path!r}")
@@ -129,3 +118,12 @@ def _kernels_take(qkv: Tensor) -> bool:
     if qkv.dtype not in TRITON_DTYPES or qkv.shape[4] not in (16, 32, 64, 128):
         return False
     return interprets_triton(qkv.device) or runs_triton(qkv.device)
+
+
+def _is_static(size: int | torch.SymInt) -> bool:
+    """Return whether the graph that torch.compile is making is for this size alone."""
+    try:
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+    except ImportError:  # in older torch
+        return False
+    return has_static_value(size)

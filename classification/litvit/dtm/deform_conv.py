@@ -1,7 +1,7 @@
 """Deformable convolution of channels-last tokens whose kernel size is its stride.
 
-Shape letters: B images, (H, W) tokens in, (h, w) = (H // k, W // k) tokens out, C channels in, O channels out, k kernel
-size.
+Shape letters: B images, (H, W) input tokens, (h, w) = (H // k, W // k) output tokens, C input channels, O output
+channels, k kernel size.
 """
 
 import torch
@@ -16,34 +16,34 @@ from litvit.triton_support import TRITON_DTYPES, interprets_triton, runs_triton
 def deform_conv_tokens(
     x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, *, triton: bool | None = None
 ) -> Tensor:
-    """Deformable convolution with stride = kernel size and no padding (LIT, "Deformable token merging").
+    """Compute a deformable convolution with stride = kernel size, no padding (LIT, "Deformable token merging").
 
-    Tap (ky, kx) of output (i, j) reads the input at (k*i + ky + dy, k*j + kx + dx) by bilinear interpolation; what lies
-    outside the map counts as 0. The result is that of `torchvision.ops.deform_conv2d`. A bilinear read of channels-last
-    tokens is a weighted sum of four rows, which is an embedding bag; the rest is one matrix product.
+    Tap (ky, kx) of output (i, j) reads the input at (k*i + ky + dy, k*j + kx + dx) by bilinear interpolation. Positions
+    outside the map count as 0. The result is that of `torchvision.ops.deform_conv2d`. A bilinear read of channels-last
+    tokens is a weighted sum of four rows, which is an embedding bag. The rest is one matrix product.
 
-    Coordinates are computed in float32 or better whatever the type of the tokens: a bfloat16 column above 256 has no
-    fraction left.
+    Coordinates are float32 or better for any type of tokens, because bfloat16 columns above 256 have no fraction left.
 
-    On a GPU Triton kernels take the place of the plain formulation (`litvit.dtm.triton_kernels`): no sampled patch
-    is kept for backward. They add up the gradients of tokens in an order that varies from run to run, so under
-    `torch.use_deterministic_algorithms(True)` the plain formulation runs there too.
+    On a GPU, Triton kernels (`litvit.dtm.triton_kernels`) replace the plain formulation and keep no sampled patches for
+    backward. They add up the gradients of tokens in an order that varies between runs. Under
+    `torch.use_deterministic_algorithms(True)` the plain formulation is used instead.
 
     Args:
-        x: tokens, (B, H, W, C). An odd last row or column gets no tap of its own, as in a strided convolution.
-        offset: (B, h, w, 2*k*k), in pixels: (dy, dx) of the taps in reading order. Any value is safe; NaN gives NaN.
-        weight: (O, C, k, k).
-        bias: (O,) or None.
-        triton: run Triton's kernels or not; None: where they work, unless the environment says LIT_TRITON=0. That is
-            on GPUs of compute capability 8.0 or more, beside Triton and a C compiler, in float32, bfloat16 and float16.
-            On a CPU they run in Triton's interpreter alone (TRITON_INTERPRET=1), for tests.
+        x: Tokens, (B, H, W, C). An odd last row or column has no tap of its own, as in a strided convolution.
+        offset: Offsets in pixels, (B, h, w, 2*k*k): (dy, dx) of the taps in reading order. Any value is safe. NaN gives
+            NaN.
+        weight: Weight, (O, C, k, k).
+        bias: Bias, (O,) or None.
+        triton: Whether to run the Triton kernels. None runs them where they work, unless LIT_TRITON=0 is set in the
+            environment. They need a GPU of compute capability 8.0 or more, Triton, a C compiler, and float32, bfloat16
+            or float16. On a CPU they only run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 
     Returns:
         Tokens, (B, h, w, O).
 
     Raises:
-        ValueError: shapes that do not fit.
-        InputError: `triton=True` where the kernels do not run.
+        ValueError: Shapes do not fit.
+        InputError: The kernels do not run here, and `triton` is True.
     """
     _check_shapes(x, offset, weight, bias)
     if triton and not (runs_triton(x.device) or interprets_triton(x.device)):
@@ -55,7 +55,7 @@ def deform_conv_tokens(
     k = weight.shape[-1]
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     if min(x.shape[1:3]) == 1:
-        # Every read takes two rows and two columns.
+        # Each read takes two rows and two columns.
         x = F.pad(x, (0, 0, 0, 1, 0, 1))
     if _runs_triton(x, offset, matrix) if triton is None else triton:
         if torch.is_autocast_enabled(x.device.type):
@@ -76,20 +76,20 @@ def _runs_triton(x: Tensor, offset: Tensor, matrix: Tensor) -> bool:
 
 
 def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
-    """Read the k*k taps of every output token bilinearly.
+    """Read the k*k taps of each output token bilinearly.
 
     Args:
-        x: tokens, (B, H, W, C), H and W at least 2.
-        offset: (B, h, w, 2*k*k), in pixels, see `deform_conv_tokens`.
-        k: kernel size and stride.
+        x: Tokens, (B, H, W, C), H and W at least 2.
+        offset: Offsets in pixels, (B, h, w, 2*k*k), see `deform_conv_tokens`.
+        k: Kernel size and stride.
 
     Returns:
-        (B, h, w, k*k*C), the taps in reading order.
+        Taps in reading order, (B, h, w, k*k*C).
     """
     B, H, W, C = x.shape
     dtype = torch.promote_types(torch.promote_types(x.dtype, offset.dtype), torch.float32)
     offset = offset.to(dtype)
-    if torch.jit.is_tracing():  # which has no place for functions of our own
+    if torch.jit.is_tracing():  # which cannot record our own autograd functions
         index, weight = _bilinear_corners(offset, (H, W), k)[:2]
     else:
         index, weight = _BilinearCorners.apply(offset, (H, W), k)
@@ -98,12 +98,12 @@ def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
 
 
 class _BilinearCorners(torch.autograd.Function):
-    """The four corners of every bilinear read: which tokens, with what weights.
+    """Tokens and weights of the four corners of each bilinear read.
 
-    The weight of a grid point at distance r is max(0, 1 - |r|) on each axis, and the two points of an axis are the last
-    two inside the map where the position lies beyond: then every index is valid and what lies outside weighs 0.
-    The derivative is written out because the one of max and |r| is 0 at whole positions, where training starts; here it
-    is the one from the right, as in torchvision.
+    On each axis the weight of a grid point at distance r is max(0, 1 - |r|). Beyond the map, the two points of an axis
+    are the last two inside. So every index is valid, and positions outside have weight 0. The derivative is written out
+    because that of max and |r| is 0 at whole positions, where training starts. Here it is the right-hand derivative, as
+    in torchvision.
     """
 
     @staticmethod
@@ -130,7 +130,7 @@ class _BilinearCorners(torch.autograd.Function):
 
 
 def _bilinear_corners(offset: Tensor, map_size: tuple[int, int], k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index and weight of the corners, (B*h*w*k*k, 4); distance and weight by axis, (B, h, w, k, k, axis, corner)."""
+    """Return index and weight of corners, (B*h*w*k*k, 4); distance and weight by axis, (B, h, w, k, k, axis, 2)."""
     B, h, w, _ = offset.shape
     H, W = map_size
     like = {"dtype": offset.dtype, "device": offset.device}
@@ -138,7 +138,8 @@ def _bilinear_corners(offset: Tensor, map_size: tuple[int, int], k: int) -> tupl
     columns = torch.arange(w * k, **like).view(1, w, 1, k, 1)
     grid = torch.cat((rows.expand(h, w, k, k, 1), columns.expand(h, w, k, k, 1)), dim=-1)
     position = offset.reshape(B, h, w, k, k, 2) + grid
-    # Integers are clamped, not coordinates: NaN and infinity convert to any integer, and weigh NaN and 0 there.
+    # Clamp the integer corner and not the coordinate: a NaN or infinite offset then reads some valid token, with weight
+    # NaN or 0.
     low = position.floor().int()
     low[..., 0].clamp_(0, H - 2)
     low[..., 1].clamp_(0, W - 2)
@@ -147,7 +148,7 @@ def _bilinear_corners(offset: Tensor, map_size: tuple[int, int], k: int) -> tupl
     axis_weight = (1 - distance.abs()).clamp_(min=0)
     weight = axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]
 
-    # 32 bits are quicker to sort than 64 and count 2**31 tokens.
+    # 32 bits are faster to sort than 64, and enough for 2**31 tokens.
     integers = {"dtype": torch.int32, "device": offset.device}
     first = (torch.arange(B, **integers).view(B, 1, 1, 1, 1) * H + low[..., 0]) * W + low[..., 1]
     corner = torch.arange(2, **integers)

@@ -1,15 +1,15 @@
-"""Deformable convolution on a GPU: Triton kernels, seen by autograd and torch.compile as one operator.
+"""Deformable convolution on a GPU: Triton kernels, one operator for autograd and torch.compile.
 
-Forward reads patches bilinearly (`_read_patches`) and has torch multiply them with the weight. A kernel that does both
-reads each patch again for every 256 channels out: as fast for fewer, slower for more. Patches are not kept: backward
-reads them again beside its two matrix products, which gives the gradient of the offsets too. The gradient of the tokens
-scatters patches to four tokens each; adding them up in memory would cost sixteen atomic additions a channel and output
-token and a float32 buffer. Instead the patches are listed by the token they touch, a counting sort of integers
-(`_list_patches`), and every token sums its own list in float32 (`_sum_patches`).
+Forward reads patches bilinearly (`_read_patches`), and torch multiplies them with the weight. (A kernel that does both
+reads each patch again for every 256 output channels: it is as fast for fewer channels and slower for more.) Patches
+are not kept. Backward reads them again for its two matrix products, and computes the gradient of the offsets too. The
+gradient of each patch belongs to four tokens. Adding these up in memory would cost sixteen atomic additions per channel
+and output token, and a float32 buffer. Instead a counting sort of integers lists the patches of each token
+(`_list_patches`), and each token sums its own list in float32 (`_sum_patches`).
 
-Shape letters as in `deform_conv`; M = B*h*w tokens out, a patch is one of the k*k taps of a token out. Coordinates are
-float32, and all sums but those of torch's products. The semantics are those of the plain formulation to the letter:
-what lies outside the map weighs 0, NaN gives NaN, the slope at whole positions is the one from the right.
+Shape letters as in `deform_conv`. M = B*h*w output tokens; a patch is one of the k*k taps of an output token.
+Coordinates are float32, and so are all sums except those in torch's products. Results are those of the plain
+formulation: what lies outside the map has weight 0, NaN gives NaN, the slope at whole positions is the right-hand one.
 """
 
 # ruff: noqa: N803 (kernels take sizes as arguments)
@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Without this a size that 16 divides, or 1, would have kernels of its own: seconds of compiling for maps of any size.
+# Without this Triton compiles further kernels for sizes that are 1 or divisible by 16, which takes seconds for each.
 _jit = triton.jit(do_not_specialize=["M", "h", "w", "H", "W", "tokens"])
 
 
 @triton.jit
 def _corner(floor, last):
-    # NaN is not above 0.
+    # NaN gives 0, because no comparison with NaN is true.
     return tl.where(floor > 0, tl.minimum(floor, last), 0.0)
 
 
@@ -41,11 +41,11 @@ def _slope(distance):
 
 
 @triton.jit
-def _locate(offset, token, tap, h, w, H, W, K: tl.constexpr):
-    """The token at the first of the four corners of a patch, and the patch's distance from it, down and right."""
-    place = offset + (token.to(tl.int64) * (K * K) + tap) * 2
-    y = tl.load(place).to(tl.float32) + (token // w % h * K + tap // K)
-    x = tl.load(place + 1).to(tl.float32) + (token % w * K + tap % K)
+def _first_corner(offset, token, tap, h, w, H, W, K: tl.constexpr):
+    """Return the token at the first of a patch's four corners, and the patch's distance from it down and right."""
+    pointer = offset + (token.to(tl.int64) * (K * K) + tap) * 2
+    y = tl.load(pointer).to(tl.float32) + (token // w % h * K + tap // K)
+    x = tl.load(pointer + 1).to(tl.float32) + (token % w * K + tap % K)
     top = _corner(tl.floor(y), H - 2.0)
     left = _corner(tl.floor(x), W - 2.0)
     first = (token // (h * w) * H + top.to(tl.int32)) * W + left.to(tl.int32)
@@ -81,11 +81,11 @@ def _read_patches(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Patches; if their gradient is given, that of the offsets too."""
+    """Read patches bilinearly. If their gradient is given, compute that of the offsets too."""
     patch = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = patch < M * K * K
     token = tl.minimum(patch // (K * K), M - 1)
-    first, down, right = _locate(offset, token, patch % (K * K), h, w, H, W, K)
+    first, down, right = _first_corner(offset, token, patch % (K * K), h, w, H, W, K)
     upper, lower = _weight(down)[:, None], _weight(down - 1)[:, None]
     near, far = _weight(right)[:, None], _weight(right - 1)[:, None]
     row = patch.to(tl.int64)[:, None] * C
@@ -99,16 +99,16 @@ def _read_patches(
         mask = inside[:, None] & (c < C)[None, :]
         x00, x01, x10, x11 = _load_corners(x, first, c, mask, W, C)
         above, under = near * x00 + far * x01, near * x10 + far * x11
-        place = row + c[None, :]
-        tl.store(patches + place, (upper * above + lower * under).to(patches.dtype.element_ty), mask)
+        index = row + c[None, :]
+        tl.store(patches + index, (upper * above + lower * under).to(patches.dtype.element_ty), mask)
         if patch_grad is not None:
-            grad = tl.load(patch_grad + place, mask, 0.0).to(tl.float32)
+            grad = tl.load(patch_grad + index, mask, 0.0).to(tl.float32)
             y_grad += grad * (upper_slope * above + lower_slope * under)
             x_grad += grad * (near_slope * (upper * x00 + lower * x10) + far_slope * (upper * x01 + lower * x11))
     if patch_grad is not None:
-        place = offset_grad + patch.to(tl.int64) * 2
-        tl.store(place, tl.sum(y_grad, 1).to(offset_grad.dtype.element_ty), inside)
-        tl.store(place + 1, tl.sum(x_grad, 1).to(offset_grad.dtype.element_ty), inside)
+        pointer = offset_grad + patch.to(tl.int64) * 2
+        tl.store(pointer, tl.sum(y_grad, 1).to(offset_grad.dtype.element_ty), inside)
+        tl.store(pointer + 1, tl.sum(x_grad, 1).to(offset_grad.dtype.element_ty), inside)
 
 
 @_jit
@@ -127,21 +127,21 @@ def _list_patches(
     FILL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count the patches that touch a token; then, counting down, put them in the list that ends at `end`."""
+    """Count the patches that read each token; with FILL, count down again and write each token's list before `end`."""
     patch = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.minimum(patch // (K * K), M - 1)
-    first, down, right = _locate(offset, token, patch % (K * K), h, w, H, W, K)
+    first, down, right = _first_corner(offset, token, patch % (K * K), h, w, H, W, K)
     for corner in tl.static_range(4):
-        touched = first + corner // 2 * W + corner % 2
+        corner_token = first + corner // 2 * W + corner % 2
         weight = _weight(down - corner // 2) * _weight(right - corner % 2)
-        # What has no weight stays out; at offsets of 0 that is three corners of four.
+        # Corners without weight are not listed. At offsets of 0 these are three of four.
         mask = (patch < M * K * K) & (weight != 0)
         if FILL:
-            place = tl.load(end + touched, mask, 0) - tl.atomic_add(count + touched, -1, mask, sem="relaxed")
-            tl.store(listed_patch + place, patch, mask)
-            tl.store(listed_weight + place, weight, mask)
+            index = tl.load(end + corner_token, mask, 0) - tl.atomic_add(count + corner_token, -1, mask, sem="relaxed")
+            tl.store(listed_patch + index, patch, mask)
+            tl.store(listed_weight + index, weight, mask)
         else:
-            tl.atomic_add(count + touched, 1, mask, sem="relaxed")
+            tl.atomic_add(count + corner_token, 1, mask, sem="relaxed")
 
 
 @_jit
@@ -156,34 +156,34 @@ def _sum_patches(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The gradient of every token: the weighted sum of the gradients of the patches on its list."""
+    """Compute the gradient of each token: the weighted sum of the gradients of the patches on its list."""
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = tl.load(end + token - 1, (token > 0) & (token < tokens), 0)
     length = (tl.load(end + token, token < tokens, 0) - begin).to(tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    grad = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for i in range(tl.max(length, 0)):
         listed = i < length
         patch = tl.load(listed_patch + begin + i, listed, 0)
         weight = tl.load(listed_weight + begin + i, listed, 0.0)
-        place = patch_grad + patch.to(tl.int64)[:, None] * C + c[None, :]
-        total += weight[:, None] * tl.load(place, listed[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
-    place = x_grad + token.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(place, total.to(x_grad.dtype.element_ty), (token < tokens)[:, None] & (c < C)[None, :])
+        pointers = patch_grad + patch.to(tl.int64)[:, None] * C + c[None, :]
+        grad += weight[:, None] * tl.load(pointers, listed[:, None] & (c < C)[None, :], 0.0).to(tl.float32)
+    pointers = x_grad + token.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(pointers, grad.to(x_grad.dtype.element_ty), (token < tokens)[:, None] & (c < C)[None, :])
 
 
 @torch.library.custom_op("litvit::deform_conv", mutates_args=())
 def deform_conv(x: Tensor, offset: Tensor, matrix: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    """Deformable convolution with stride = kernel size, see `litvit.dtm.deform_conv_tokens`.
+    """Compute a deformable convolution with stride = kernel size, see `litvit.dtm.deform_conv_tokens`.
 
-    Tensors may differ in type: float32, bfloat16 or float16 each. Sampled patches are rounded to the type of `matrix`.
+    Each tensor may be float32, bfloat16 or float16. Sampled patches are rounded to the type of `matrix`.
 
     Args:
-        x: tokens, (B, H, W, C), H and W at least 2.
-        offset: (B, h, w, 2*k*k), in pixels.
-        matrix: the weight as (O, k*k*C), taps in reading order.
-        bias: (O,) or None.
-        k: kernel size and stride.
+        x: Tokens, (B, H, W, C), H and W at least 2.
+        offset: Offsets in pixels, (B, h, w, 2*k*k).
+        matrix: Weight as a matrix, (O, k*k*C), taps in reading order.
+        bias: Bias, (O,) or None.
+        k: Kernel size and stride.
 
     Returns:
         Tokens, (B, h, w, O), of the type of `matrix`.
@@ -205,7 +205,7 @@ def _(x: Tensor, offset: Tensor, matrix: Tensor, bias: Tensor | None, k: int) ->
 def deform_conv_backward(
     grad: Tensor, x: Tensor, offset: Tensor, matrix: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the tokens, offsets and matrix of `deform_conv`, from that of its result, (B, h, w, O)."""
+    """Compute gradients of the tokens, offsets and matrix of `deform_conv` from that of its result, (B, h, w, O)."""
     x, offset = x.contiguous(), offset.contiguous()
     sizes = _sizes(x, offset)
     M, C = sizes["M"], x.shape[3]
@@ -246,7 +246,7 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     bias_grad = None
-    if ctx.bias_dtype is not None:  # in two steps: torch sums few long columns on few of a GPU's processors
+    if ctx.bias_dtype is not None:  # in two steps, because torch sums few long columns on few of a GPU's processors
         bias_grad = grad.sum(2, dtype=torch.float32).sum((0, 1)).to(ctx.bias_dtype)
     return *deform_conv_backward(grad, *ctx.saved_tensors, ctx.k), bias_grad, None
 
@@ -260,7 +260,7 @@ def _sizes(x: Tensor, offset: Tensor) -> dict[str, int]:
 
 
 def _tile(C: int) -> dict[str, int]:
-    """1024 numbers: patches or tokens by the largest power of two of channels that divides C, from 16 to 128."""
+    """Return a tile of 1024 elements: its channels are the largest power of two that divides C, from 16 to 128."""
     channels = max(16, min(128, C & -C))
     return {"BLOCK_M": 1024 // channels, "BLOCK_C": channels}
 

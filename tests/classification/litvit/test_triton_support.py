@@ -95,11 +95,11 @@ def test_attention(compile_for, capability, dtype):
         attention._backward(out, qkv, table, out, lse, w)
 
     kernels = compile_for(capability, both)
-    assert [name for name, _ in kernels] == ["_forward", "_backward_q", "_backward_kv", "_backward_table"]
+    assert [name for name, _ in kernels] == ["_fwd", "_bwd_dq", "_bwd_dkdv", "_bwd_dtable"]
     for name, code in kernels:
         assert has_products(code), name
         # On older GPUs one kernel has too many operands in full float32, where each is held as two numbers.
-        assert not spills(code) or (capability, dtype, name) == (80, torch.float32, "_backward_kv"), name
+        assert not spills(code) or (capability, dtype, name) == (80, torch.float32, "_bwd_dkdv"), name
 
 
 def test_without_a_c_compiler_torchs_operations_take_over_and_a_warning_says_so(run_code):
