@@ -12,9 +12,9 @@ import litvit  # noqa: F401 (registers the models)
 from litvit.models import LIT, identify_model
 
 
-def tiny(**kwargs):
+def tiny(cls=LIT, **kwargs):
     config = {"img_size": 64, "num_classes": 5, "dims": (8, 16, 32, 32), "depths": (1, 1, 1, 1)}
-    return LIT(**{**config, "num_heads": (0, 0, 2, 2), **kwargs})
+    return cls(**{**config, "num_heads": (0, 0, 2, 2), **kwargs})
 
 
 def same(one, other):
@@ -95,7 +95,7 @@ def test_another_number_of_classes_keeps_the_models_classifier(caplog):
     assert torch.equal(model.patch_embed.proj.weight, source.patch_embed.proj.weight)
 
 
-def test_timm_doors(tmp_path, published):
+def test_timm_loads_published_files(tmp_path, published):
     state_dict = published("lit_ti")
     file = tmp_path / "lit_ti.pth"
     torch.save({"model": {f"module.{name}": value for name, value in state_dict.items()}, "epoch": 3}, file)
@@ -121,3 +121,16 @@ def test_models_are_identified_by_their_layers(name, published):
     for state_dict in (theirs, ours):
         assert identify_model(state_dict) == name.removesuffix("_cls")
     assert identify_model(tiny().state_dict()) is None
+
+
+def test_a_class_translates_its_own_published_names():
+    class Renamed(LIT):
+        @staticmethod
+        def from_published(state_dict):
+            return {name.replace("tower", "stages"): value for name, value in state_dict.items()}
+
+    source = tiny().state_dict()
+    published = {f"model.{name.replace('stages', 'tower')}": value for name, value in source.items()}
+    model = nn.ModuleDict({"model": tiny(Renamed)})
+    assert model.load_state_dict(published) == ([], [])
+    assert same(model["model"].state_dict(), source)
