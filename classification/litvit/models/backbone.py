@@ -115,6 +115,12 @@ class Backbone(nn.Module, ABC):
             return self.cls_token is None
         return part == "stages" and int(rest.partition(".")[0]) >= len(self.stages)
 
+    def check_min_size(self, x: Tensor) -> None:
+        """Raise InputError for images, (B, in_chans, H, W), that are smaller than the total stride."""
+        if min(x.shape[-2:]) < self.total_stride:
+            least, got = f"{self.total_stride} pixels or more", tuple(x.shape[-2:])
+            raise InputError(f"images must have {least} in both directions, got {got}")
+
     def _set_global_pool(self, global_pool: str) -> None:
         choices = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
         if global_pool not in choices:
@@ -251,14 +257,6 @@ class BackboneFeatures(FeatureGetterNet):
         if not any(name.startswith(f"{prefix}model.") for name in names):
             for name in names:
                 state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
-
-
-def check_min_size(x: Tensor) -> None:
-    """Raise InputError for images (B, C, H, W) smaller than the total stride, of which the last map has no token."""
-    if min(x.shape[-2:]) < Backbone.total_stride:
-        raise InputError(
-            f"images must have {Backbone.total_stride} pixels or more in both directions, got {tuple(x.shape[-2:])}"
-        )
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tensor:

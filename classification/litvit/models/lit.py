@@ -20,15 +20,7 @@ from litvit.attention import relative_attention
 from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
 from litvit.errors import InputError
-from litvit.models.backbone import (
-    Backbone,
-    BackboneFeatures,
-    check_min_size,
-    create_backbone,
-    default_cfg,
-    init_linear,
-    run_blocks,
-)
+from litvit.models.backbone import Backbone, BackboneFeatures, create_backbone, default_cfg, init_linear, run_blocks
 
 # Published names, LIT-Ti's (patch_embed2, block1, ...) and those of LIT-S, M and B (layers.0.downsample, ...).
 _PUBLISHED_NAMES = [
@@ -317,7 +309,7 @@ class LIT(Backbone):
         return None if self.cls_token is None else self.cls_token + self.cls_pos_embed
 
     def _stem(self, x: Tensor) -> Tensor:
-        check_min_size(x)
+        self.check_min_size(x)
         return self.patch_embed(_pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2))
 
     def _final_tokens(self, last_output: Tensor, last_input: Tensor) -> Tensor:

@@ -16,15 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from litvit.errors import InputError
-from litvit.models.backbone import (
-    Backbone,
-    BackboneFeatures,
-    check_min_size,
-    create_backbone,
-    default_cfg,
-    init_linear,
-    run_blocks,
-)
+from litvit.models.backbone import Backbone, BackboneFeatures, create_backbone, default_cfg, init_linear, run_blocks
 
 _PUBLISHED_NAMES = [
     (r"^backbone\.(\d)\.0\.", r"stages.\1.patch_embed."),
@@ -381,7 +373,7 @@ class LVT(Backbone):
         return own
 
     def _stem(self, x: Tensor) -> Tensor:
-        check_min_size(x)
+        self.check_min_size(x)
         return x.permute(0, 2, 3, 1)
 
     def _final_tokens(self, last_output: Tensor, last_input: Tensor | None = None) -> Tensor:
