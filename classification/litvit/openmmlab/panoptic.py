@@ -15,8 +15,8 @@ from mmdet.structures import INSTANCE_OFFSET
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS, TRANSFORMS
 
-from litvit.analysis.panoptic import VOID, CocoPanoptic, PanopticQuality, segment_ids
 from litvit.errors import InputError
+from litvit.openmmlab.panoptic_quality import VOID, CocoPanoptic, PanopticQuality, segment_ids
 from litvit.openmmlab.runner import SampleError
 
 

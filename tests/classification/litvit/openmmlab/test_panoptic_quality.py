@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from litvit.analysis.panoptic import VOID, CocoPanoptic, PanopticQuality, segment_ids
 from litvit.errors import InputError
+from litvit.openmmlab.panoptic_quality import VOID, CocoPanoptic, PanopticQuality, segment_ids
 
 THINGS, STUFFS = {1, 2}, {3, 4}
 
