@@ -121,11 +121,11 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
     (tmp_path / "wrong.py").write_text(f"_base_ = '{config}'\nmodel = dict(neck=dict(type='FPM'))")
     flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "out"]
     for arguments, message in [
-        ([tmp_path / "none.jpg", *flags], f"no picture at {tmp_path / 'none.jpg'}"),
+        ([tmp_path / "none.jpg", *flags], f"no image at {tmp_path / 'none.jpg'}"),
         ([image, *flags, "--device", "abacus"], "--device abacus: "),
         ([image, *flags, "--config", tmp_path / "wrong.py"], "the config does not fit: "),
-        ([broken, *flags], f"{broken} is no picture that can be read"),
-        ([empty, *flags], f"{empty} is no picture that can be read"),
+        ([broken, *flags], f"{broken} is no image that can be read"),
+        ([empty, *flags], f"{empty} is no image that can be read"),
         ([image, *flags, "--out", image.parent], f"the drawing of {image} would overwrite it"),
     ]:
         done = run_main(predict, *arguments)
@@ -166,7 +166,7 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
         (
             "train",
             ["{config}", "--cfg-options", "train_dataloader.dataset.metainfo.classes=('cat','dog')"],
-            "no picture has an object of the config's classes",
+            "no image has an object of the config's classes",
         ),
         ("train", ["{retinanet}"], "no ImageNet weights at pretrained/lit_ti.pth"),
         (

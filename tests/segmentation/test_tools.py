@@ -23,7 +23,8 @@ from PIL import Image
 from litvit.demo_data import PALETTE, SceneSettings, build
 from litvit.errors import InputError
 from litvit.openmmlab import load_from_file
-from litvit.openmmlab.runner import SampleError, check_annotations, check_files
+from litvit.openmmlab.checks import check_annotations, check_files
+from litvit.openmmlab.errors import SampleError
 from litvit.openmmlab.tools import run_tool
 
 SEGMENTATION = Path(__file__).parents[2] / "segmentation"
@@ -103,7 +104,7 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     file.write_text(f"_base_ = '{config}'\nload_from = '{trained / 'iter_2.pth'}'\n{PRETRAINED}")
     done = run("train.py", file, "--work-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
-    assert f"{cut} is cut off or not there: {folder / 'iter_1.pth'} in its place" in done.stderr
+    assert f"{cut} is cut off or missing: {folder / 'iter_1.pth'} is used instead" in done.stderr
     assert "resumed epoch: 0, iter: 1" in done.stdout
     assert "Iter(train) [1/2]" not in done.stdout
     assert "Iter(train) [2/2]" in done.stdout
@@ -160,7 +161,7 @@ def test_wrong_input_of_predict_is_one_line(config, run_main, tmp_path):
     (tmp_path / "wrong.py").write_text(f"_base_ = '{config}'\nmodel = dict(neck=dict(type='FPM'))")
     flags = ["--config", config, "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "out"]
     for arguments, message in [
-        ([tmp_path / "none.jpg", *flags], f"no picture at {tmp_path / 'none.jpg'}"),
+        ([tmp_path / "none.jpg", *flags], f"no image at {tmp_path / 'none.jpg'}"),
         ([image, *flags, "--opacity", "2"], "--opacity is 2.0, but must be"),
         ([image, *flags], f"no checkpoint at {tmp_path / 'none.pth'}"),
         ([image, *flags, "--device", "abacus"], "--device abacus: "),
@@ -399,7 +400,7 @@ def test_a_wrong_label_is_one_line_from_a_loader_process(config, trained):
     ("labels", "message"),
     [
         (np.zeros((75, 100, 3), dtype=np.uint8), "0.png has 3 channels, but a pixel's label is one number"),
-        (np.zeros((100, 75), dtype=np.uint8), "0.png is 100 x 75 pixels high x wide, its picture {picture} 75 x 100"),
+        (np.zeros((100, 75), dtype=np.uint8), "0.png is 100 x 75 pixels high x wide, its image {picture} 75 x 100"),
         (np.full((75, 100), 4, dtype=np.uint8), "0.png has label 4, but the classes are 1 to 3"),
         (np.full((75, 100), 258, dtype=np.uint16), "0.png has label 258, but the classes are 1 to 3"),
         (None, "labels/0.png cannot be read: OSError: "),

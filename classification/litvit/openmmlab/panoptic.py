@@ -16,8 +16,8 @@ from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS, TRANSFORMS
 
 from litvit.errors import InputError
+from litvit.openmmlab.errors import SampleError
 from litvit.openmmlab.panoptic_quality import VOID, CocoPanoptic, PanopticQuality, segment_ids
-from litvit.openmmlab.runner import SampleError
 
 
 @METRICS.register_module()

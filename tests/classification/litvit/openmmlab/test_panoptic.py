@@ -18,8 +18,8 @@ from mmseg.datasets import BaseSegDataset
 
 from litvit.demo_data import BACKGROUNDS, CLASSES, PALETTE, SEGMENTATION_CLASSES, SceneSettings, build
 from litvit.errors import InputError
+from litvit.openmmlab.errors import SampleError
 from litvit.openmmlab.panoptic import LoadCocoPanoptic
-from litvit.openmmlab.runner import SampleError
 
 DETECTION = SceneSettings("detection", train=4, val=3, image_size=96)
 PANOPTIC = {"classes": CLASSES + BACKGROUNDS, "thing_classes": CLASSES, "stuff_classes": BACKGROUNDS}
