@@ -49,9 +49,9 @@ def config(tmp_path_factory):
     return file
 
 
-def run(script, *arguments):
+def run(script, *arguments, **environment):
     program = "bash" if script.endswith(".sh") else sys.executable
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [program, DETECTION / "tools" / script, *map(str, arguments)],
         capture_output=True,
@@ -220,6 +220,49 @@ def test_wrong_input_is_one_line(tool, arguments, message, config, trained, tmp_
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         run_tool("mmdet", tool)
     assert "\n" not in str(caught.value)
+
+
+# A user's backbone with a bug, and a data set with another one.
+MODULE = """
+import torch
+from mmdet.datasets import CocoDataset
+from mmengine.registry import DATASETS, MODELS
+
+@MODELS.register_module()
+class UsersBackbone(torch.nn.Module):
+    def __init__(self):
+        {constructor}
+
+@DATASETS.register_module()
+class UsersDataset(CocoDataset):
+    def load_data_list(self):
+        return super().load_data_list()["images"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("constructor", "setting", "error"),
+    [
+        ("len(5)", "model = dict(backbone=backbone)", "TypeError: object of type 'int' has no len()"),
+        ("raise RuntimeError('bug')", "model = dict(backbone=backbone)", "RuntimeError: bug"),
+        ("pass", "train_dataloader = dict(dataset=dict(type='UsersDataset'))", "TypeError: list indices must be"),
+    ],
+)
+def test_a_bug_in_the_users_own_code_keeps_its_traceback(constructor, setting, error, config, tmp_path):
+    (tmp_path / "users_module.py").write_text(MODULE.format(constructor=constructor))
+    (tmp_path / "config.py").write_text(
+        f"""
+_base_ = "{config}"
+custom_imports = dict(imports=["litvit.openmmlab", "users_module"])
+backbone = dict(_delete_=True, type="UsersBackbone")
+{setting}
+"""
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run("train.py", tmp_path / "config.py", "--work-dir", tmp_path / "run", PYTHONPATH=path)
+    assert done.returncode == 1
+    assert f'File "{tmp_path / "users_module.py"}"' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(error)
 
 
 def test_several_processes_say_it_once(config):
