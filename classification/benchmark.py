@@ -1,6 +1,6 @@
 """Measure LIT and its counterparts, and the parts that LIT is made of.
 
-What is compared runs interleaved in one process, so that a slowdown of the machine affects all alike; figures are
+What is compared runs interleaved in one process, so that a slowdown of the machine affects all equally; figures are
 medians. On a CPU no other process may use the same cores, or ratios are off by more than they tell. On a CPU the C
 library also keeps its own settings, while train.py and validate.py have it keep freed memory (see docs/models.md).
 """
@@ -33,7 +33,7 @@ The models of LIT's Table 1, and LVT: parameters, multiply-adds, images/s, peak 
 Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, in brackets
 the published ones (RTX 3090, batch 64). The paper's PVT-S is not in timm; pvt_v2_b2 stands for it. Training is forward,
 backward and AdamW; no model has stochastic depth; convolutional networks run channels-last, as their users run them.
-Memory (GPU only) is that of each model alone, with weights, gradients and optimizer.
+Memory (GPU only) is measured for one model at a time, with weights, gradients and optimizer.
 """
 DTM_HELP = """\
 Deformable token merging in the three shapes of a model, compared with a linear merge (2 x 2, stride 2) and with the
@@ -79,7 +79,7 @@ def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, or cuda") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: name cpu or cuda") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ON_A_GPU):
         raise argparse.ArgumentTypeError(f"there is no {text!r} here: try --device cpu")
     return device
@@ -88,7 +88,7 @@ def _device(text: str) -> torch.device:
 def _flags(repeats: int = 15) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     flags.add_argument("--repeats", type=_positive, default=repeats, metavar="N", help=f"rounds to time ({repeats})")
-    flags.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="JSON file for the figures")
     return flags
 
 

@@ -22,7 +22,7 @@ WARM_UP = 3  # torch.compile's CUDA graphs are recorded in the second call
 
 
 def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, float]:
-    """Time calls in turn, `repeats` rounds after a warm-up, so that a slowdown of the machine affects all alike.
+    """Time calls in turn, `repeats` rounds after a warm-up, so that a slowdown of the machine affects all equally.
 
     Args:
         calls: Calls by name. In each round a short one is repeated back to back, for 20 ms or 20 times, and its mean

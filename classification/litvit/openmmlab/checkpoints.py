@@ -1,10 +1,10 @@
 """Checkpoints for mmengine: reading them without running code, loading them, finding a run's latest one.
 
 A checkpoint is a pickle, and a pickle can call any function. `torch.load(weights_only=True)` refuses all functions and
-classes but those on its list. mmengine saves more than weights: next to them lies the history of the logged values,
+classes except those on its list. mmengine saves more than weights: next to them lies the history of the logged values,
 whose class, NumPy arrays and numbers are added to the list here. They hold data and do nothing when they are built. The
 history also pickles four of its own methods, as calls of `getattr`. The real `getattr` would hand out any attribute of
-anything; in its place `_statistic` hands out these four methods and refuses everything else.
+anything; `_statistic` replaces it, hands out these four methods and refuses everything else.
 """
 
 import os
@@ -63,7 +63,7 @@ def load_from_file(filename: str, map_location: Any = None) -> dict:
         Content of the file.
 
     Raises:
-        InputError: The file does not exist, or is no checkpoint that can be read safely.
+        InputError: The file does not exist, or is not a checkpoint that can be read safely.
     """
     path = Path(filename).expanduser()
     if path.suffix == ".safetensors":
@@ -155,8 +155,8 @@ def load_checkpoint_checked(model: nn.Module, filename: str, prefix: str = "") -
     own_names = to_own_names(entries.get("model", entries))
     if own_names.keys() & model.backbone.state_dict().keys():
         raise InputError(
-            f"{filename} holds a backbone alone, as ImageNet weights do: name it by --cfg-options "
-            "model.backbone.init_cfg.checkpoint=FILE to begin a training with it"
+            f"{filename} holds only a backbone, as ImageNet weights do: name it by --cfg-options "
+            "model.backbone.init_cfg.checkpoint=FILE to start a training from it"
         )
     start = "backbone."
     backbone = {name.removeprefix(start): value for name, value in entries.items() if name.startswith(start)}
@@ -174,7 +174,7 @@ def _load_what_fits(model: nn.Module, entries: dict[str, Tensor]) -> list[tuple[
     hook = model.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
     try:
         model.load_state_dict(entries, strict=False)
-    except RuntimeError as error:  # torch tells the sizes by this text only
+    except RuntimeError as error:  # torch reports sizes by this text only
         sizes = re.findall(r"size mismatch for ([\w.]+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", str(error))
     finally:
         hook.remove()

@@ -115,7 +115,8 @@ def _check_labels(pipeline: Compose, check: "_LabelCheck") -> None:
 
 def check_files(pipeline: Compose) -> None:
     """Wrap a pipeline's steps that load a file, so that they name a file that cannot be read."""
-    from mmcv.transforms import LoadAnnotations, LoadImageFromFile  # import_package tells a missing mmcv before
+    # Not at the top: import_package reports a missing mmcv.
+    from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 
     for i, step in enumerate(pipeline.transforms):
         if isinstance(step, LoadImageFromFile | LoadAnnotations):
@@ -167,14 +168,14 @@ class _LabelCheck:
             sides = " x ".join(map(str, labels.shape)), " x ".join(map(str, size))
             raise SampleError(f"{file} is {sides[0]} pixels high x wide, its image {results['img_path']} {sides[1]}")
         first, last = int(self.zero_label), self.zero_label + self.classes - 1
-        strange = labels[(labels >= self.classes) & (labels != self.ignored)].astype(int) + first
+        wrong = labels[(labels >= self.classes) & (labels != self.ignored)].astype(int) + first
         with suppress(OSError), Image.open(file) as image:  # reads the header; a file in a remote store is not checked
             if image.mode[0] in "IF":  # more than 8 bits, to which mmseg has cut the labels
                 pixels = np.asarray(image)
-                strange = np.append(pixels[(pixels < 0) | (pixels > 255)], strange)
-        if strange.size:
+                wrong = np.append(pixels[(pixels < 0) | (pixels > 255)], wrong)
+        if wrong.size:
             raise SampleError(
-                f"{file} has label {strange[0]}, but the classes are {first} to {last}: "
+                f"{file} has label {wrong[0]}, but the classes are {first} to {last}: "
                 f"{FIX_CLASSES}, and reduce_zero_label=True if label 0 is no class"
             )
         return results

@@ -21,12 +21,12 @@ def one_line(error: Exception) -> str:
 
 
 def is_from_user_code(error: BaseException | None) -> bool:
-    """Return whether an exception, or one that it was raised for, comes from a config or a module of the user.
+    """Return whether an exception, or one that caused it, comes from a config or a module of the user.
 
-    Such an exception is a bug to be found by its traceback, not wrong input to be told in one line. The innermost frame
-    decides that belongs to the user's code or to litvit or OpenMMLab. Frames of Python and of other installed packages
-    do not: what torch raises in a layer that the user's constructor builds is the user's, what it raises in a layer of
-    mmdet's is a matter of the config.
+    Such an exception is a bug that its traceback helps to find, not wrong input. The innermost frame decides that
+    belongs either to the user's code or to litvit, mmengine, mmcv, mmdet or mmseg. Frames of Python and of other
+    packages are skipped: an exception of torch is the user's if the user's constructor called torch, and the config's
+    if mmdet did.
     """
     imported = [os.path.dirname(sys.modules[name].__file__) for name in _FRAMEWORKS if name in sys.modules]
     frameworks = tuple(folder + os.sep for folder in imported)

@@ -1,10 +1,10 @@
-"""Stand-ins for mmcv's compiled operators, backed by torchvision, on CPUs and GPUs alike.
+"""Stand-ins for mmcv's compiled operators, backed by torchvision, on CPUs and GPUs.
 
 `mmcv.ops` is Python around one compiled module, `mmcv._ext`. That module takes minutes to compile, fits one version of
 torch, and has GPU operators only where a CUDA toolkit was at hand. The detectors and segmentors of this project need
 three of its operators, and torchvision's wheels have them: NMS, RoIAlign, and what focal loss is made of.
 
-`provide_operators` puts a module of stand-ins in the place of `mmcv._ext` where mmcv lacks it. It has to run before
+`provide_operators` replaces `mmcv._ext` by a module of stand-ins where mmcv lacks it. It has to run before
 `mmcv.ops` is imported; importing `litvit.openmmlab` does that.
 """
 
@@ -122,7 +122,7 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (Bodla et al., 2017) on the CPU: overlapping boxes lose score in the place of being dropped.
+    """Soft-NMS (Bodla et al., 2017) on the CPU: overlapping boxes lose score instead of being dropped.
 
     Args:
         boxes: Corners (N, 4).
@@ -154,8 +154,8 @@ def softnms(
             table[rest, 4] *= np.exp(-(iou * iou) / table.dtype.type(sigma))
         else:
             table[rest, 4] *= np.where(iou >= iou_threshold, 1 - iou if method == 1 else 0, 1)
-        # The compiled operator fills the place of a dropped box with the last one left, which decides between
-        # boxes of equal scores.
+        # As in the compiled operator, the last remaining box fills the slot of a dropped one: this order decides
+        # between boxes of equal scores.
         kept = ~(table[rest, 4] < min_score)
         left = kept.sum()
         head, tail = rest[:left].copy(), rest[left:]

@@ -113,8 +113,8 @@ class _Runner(mmengine_runner.Runner):
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             if is_from_user_code(error):
                 raise
-            held = optim_wrapper.get("optimizer", optim_wrapper)
-            raise InputError(f"the optimizer {held} does not fit: {one_line(error)}") from error
+            optimizer = optim_wrapper.get("optimizer", optim_wrapper)
+            raise InputError(f"the optimizer {optimizer} does not fit: {one_line(error)}") from error
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         try:
@@ -126,8 +126,8 @@ class _Runner(mmengine_runner.Runner):
             raise InputError(f"cannot build the evaluator {file}: {one_line(error)}") from error
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        held = load_checkpoint_checked(self.model, filename, "" if self._resume else self.required_prefix)
-        if self._resume and not {"meta", "message_hub", "optimizer"} <= held.keys():
+        checkpoint = load_checkpoint_checked(self.model, filename, "" if self._resume else self.required_prefix)
+        if self._resume and not {"meta", "message_hub", "optimizer"} <= checkpoint.keys():
             raise InputError(f"{filename} holds weights only, not where a training was: leave --resume out")
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         # mmengine would run this Python text to learn the number of GPUs.
@@ -143,12 +143,12 @@ class TrainingRunner(_Runner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> "_Runner":
-        begun = cfg.get("load_from")
-        if cfg.get("resume") and "--resume" in sys.argv and not any(str(begun) in argument for argument in sys.argv):
-            begun = None  # it is the config's own, where the run began, and mmengine would resume from that
-        if cfg.get("resume") and not begun and (latest := latest_checkpoint(Path(cfg.work_dir))):
+        start = cfg.get("load_from")
+        if cfg.get("resume") and "--resume" in sys.argv and not any(str(start) in argument for argument in sys.argv):
+            start = None  # the config's own; mmengine would resume from it instead of the run's latest checkpoint
+        if cfg.get("resume") and not start and (latest := latest_checkpoint(Path(cfg.work_dir))):
             cfg.load_from = latest
-        elif not begun:
+        elif not start:
             cfg.resume = False
         init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
         weights = init_cfg.get("checkpoint", "") if isinstance(init_cfg, dict) else ""

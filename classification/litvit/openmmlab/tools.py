@@ -32,16 +32,16 @@ from litvit.training.model import choose_device
 # Flags of mmdet 2 and mmseg 0.x that the papers' commands use.
 _OLD_FLAGS = {
     "--eval": "what is measured is the config's test_evaluator, so leave --eval and its values out",
-    "--resume-from": "say --resume CHECKPOINT (mmdet), --resume --cfg-options load_from=CHECKPOINT (mmseg)",
-    "--auto-resume": "say --resume",
-    "--options": "say --cfg-options",
-    "--format-only": "say --cfg-options test_evaluator.format_only=True, with test_evaluator.outfile_prefix=PREFIX "
+    "--resume-from": "use --resume CHECKPOINT (mmdet), --resume --cfg-options load_from=CHECKPOINT (mmseg)",
+    "--auto-resume": "use --resume",
+    "--options": "use --cfg-options",
+    "--format-only": "use --cfg-options test_evaluator.format_only=True, with test_evaluator.outfile_prefix=PREFIX "
     "(mmdet) or --out DIR (mmseg)",
-    "--aug-test": "say --tta",
-    "--load-from": "say --cfg-options load_from=CHECKPOINT",
-    "--seed": "say --cfg-options randomness.seed=0",
-    "--gpu-id": "say CUDA_VISIBLE_DEVICES=0 before the command",
-    "--gpus": "say bash tools/dist_train.sh CONFIG GPUS",
+    "--aug-test": "use --tta",
+    "--load-from": "use --cfg-options load_from=CHECKPOINT",
+    "--seed": "use --cfg-options randomness.seed=0",
+    "--gpu-id": "use CUDA_VISIBLE_DEVICES=0 before the command",
+    "--gpus": "use bash tools/dist_train.sh CONFIG GPUS",
 }
 
 # Settings of a config that mmengine's Runner does not take as arguments.
@@ -241,7 +241,7 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
         except cv2.error:  # an empty file; for other broken ones imread returns None
             pixels = None
         if pixels is None:
-            raise InputError(f"{image} is no image that can be read")
+            raise InputError(f"{image} cannot be read as an image")
         with _in_one_line(loaded):
             result = getattr(apis, predict)(model, pixels)
         yield model, drawing, pixels[..., ::-1], result
