@@ -41,7 +41,7 @@ def test_models_prints_a_table(measure):
     assert [row["model"] for row in rows] == ["lit_ti", "published_lvt", "resnet10t"]
 
 
-def test_table1_puts_the_published_ratios_beside_the_measured(measure):
+def test_table1_puts_the_published_ratios_next_to_the_measured(measure):
     out, (lit, peer, other) = measure("table1", "lit_ti", "pvt_v2_b2", "resnet10t", "--batch-size", 1, *QUICK)
     assert lit["counterpart"] == peer["model"] == "pvt_v2_b2"
     for key in ("inference_images_per_second", "training_images_per_second"):
@@ -81,7 +81,7 @@ def test_dense_pads_images_and_forces_a_path_of_attention(measure, run_main):
 
 
 @pytest.mark.parametrize("model", ["lit_ti", "lvt"])
-def test_data_tells_where_the_input_pipelines_time_goes(measure, model):
+def test_data_times_the_steps_of_the_input_pipeline(measure, model):
     out, rows = measure("data", "--model", model, "--images", 4, "--image-size", "120x90", "--repeats", 1)
     for pipeline in ("training", "evaluation"):
         steps = {row["step"]: row["milliseconds"] for row in rows if row["pipeline"] == pipeline}
@@ -120,7 +120,7 @@ def test_the_command_names_machine_and_versions(run_script, tmp_path):
         (("data",), "JPEG"),
     ],
 )
-def test_help_tells_what_is_compared(run_main, subcommand, text):
+def test_help_says_what_is_compared(run_main, subcommand, text):
     outcome = run_main(benchmark, *subcommand, "--help")
     assert outcome.status == 0
     assert text in outcome.out

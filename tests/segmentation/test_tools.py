@@ -113,7 +113,7 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
 
 
 def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp_path):
-    """With --resume as a job says it that may be broken off: there is nothing to resume yet."""
+    """With --resume, as in a job that may be interrupted, while there is nothing to resume yet."""
     (tmp_path / "fifteen.py").write_text(FIFTEEN.format(config=config, checkpoint=trained / "iter_2.pth") + PRETRAINED)
     done = run("train.py", tmp_path / "fifteen.py", "--work-dir", tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr

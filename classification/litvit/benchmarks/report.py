@@ -161,7 +161,7 @@ def _dense_table(rows: list[dict]) -> list[list[str]]:
 
 def _data_table(rows: list[dict]) -> list[list[str]]:
     whole = {row["pipeline"]: row["milliseconds"] for row in rows if row["step"] == "all"}
-    table = [["pipeline", "step", "ms an image", "part", "images/s a core"]]
+    table = [["pipeline", "step", "ms per image", "part", "images/s per core"]]
     for row in rows:
         ms = row["milliseconds"]
         speed = f"{1000 / ms:.0f}" if row["step"] == "all" else ""

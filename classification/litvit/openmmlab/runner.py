@@ -145,7 +145,7 @@ class TrainingRunner(_Runner):
     def from_cfg(cls, cfg: Config) -> "_Runner":
         start = cfg.get("load_from")
         if cfg.get("resume") and "--resume" in sys.argv and not any(str(start) in argument for argument in sys.argv):
-            start = None  # the config's own; mmengine would resume from it instead of the run's latest checkpoint
+            start = None  # set by the config; mmengine would resume from it instead of the latest checkpoint
         if cfg.get("resume") and not start and (latest := latest_checkpoint(Path(cfg.work_dir))):
             cfg.load_from = latest
         elif not start:

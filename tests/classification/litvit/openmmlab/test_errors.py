@@ -1,4 +1,4 @@
-"""Which exceptions are the user's own code's, and which are told in one line."""
+"""Which exceptions come from the user's own code, and which are wrong input."""
 
 import pytest
 from mmengine.config import Config

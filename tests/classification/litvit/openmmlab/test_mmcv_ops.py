@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -300,6 +301,15 @@ print(provide_operators(), mmcv.ops.nms(torch.eye(4), torch.ones(4), 0.5)[1].tol
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sentence in done.stdout
+
+
+def test_the_benchmark_leaves_out_an_operator_without_stand_in(run_main):
+    if "own compiled" in mmcv_ops.provide_operators():
+        pytest.skip("mmcv was compiled")
+    outcome = run_main(benchmark, "dtm", "--batch-size", 1, "--repeats", 1, "--threads", 1)
+    assert outcome.status == 0, outcome.err
+    assert "torchvision / ours" in outcome.out
+    assert "mmcv / ours" not in outcome.out
 
 
 def test_importing_mmdet_first_is_one_line():
