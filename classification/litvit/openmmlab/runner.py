@@ -17,16 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from litvit.errors import InputError
+from litvit.openmmlab import checks
 from litvit.openmmlab.backbones import MMBackbone
 from litvit.openmmlab.checkpoints import latest_checkpoint, load_checkpoint_checked, unwrap
-from litvit.openmmlab.checks import (
-    FIX_CLASSES,
-    base_datasets,
-    check_annotations,
-    check_classes,
-    check_data_files,
-    check_files,
-)
 from litvit.openmmlab.errors import is_from_user_code, one_line
 from litvit.openmmlab.mmcv_ops import provide_operators
 
@@ -41,7 +34,7 @@ class _Runner(mmengine_runner.Runner):
     def from_cfg(cls, cfg: Config) -> "_Runner":
         for name in cls.dataloaders:
             if cfg.get(name):
-                check_data_files(cfg[name].dataset)
+                checks.check_data_files(cfg[name].dataset)
         wrapper = cfg.get("optim_wrapper") or {}
         if wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
             print("no GPU: float32 instead of half precision", file=sys.stderr)
@@ -85,26 +78,27 @@ class _Runner(mmengine_runner.Runner):
         except JSONDecodeError as error:
             raise InputError(f"an annotation file is not JSON, or cut off: {error}") from error
         except ValueError as error:
-            if "need at least one array" not in str(error):  # what mmengine makes of an empty data set
+            # mmengine raises this for an empty data set.
+            if "need at least one array" not in str(error) or is_from_user_code(error):
                 raise
             if self.cfg.get("default_scope") == "mmseg":
                 raise InputError(
                     "no image's name ends in the data set's img_suffix: set img_suffix='.png' or what they end in "
                     "(seg_map_suffix for the annotations)"
                 ) from error
-            raise InputError(f"no image has an object of the config's classes: {FIX_CLASSES}") from error
+            raise InputError(f"no image has an object of the config's classes: {checks.FIX_CLASSES}") from error
         except (KeyError, TypeError, AttributeError, AssertionError) as error:
             if is_from_user_code(error):
                 raise
             file = dataloader.get("dataset", {}).get("ann_file", "") if isinstance(dataloader, dict) else ""
             problem = f"cannot read the data set {file}" if file else "the dataloader does not fit"
             raise InputError(f"{problem}: {one_line(error)}") from error
-        for dataset in base_datasets(built.dataset):
-            check_classes(dataset, unwrap(self.model))
+        for dataset in checks.base_datasets(built.dataset):
+            checks.check_classes(dataset, unwrap(self.model))
             if hasattr(dataset, "reduce_zero_label"):
-                check_annotations(dataset, unwrap(self.model).num_classes)
+                checks.check_annotations(dataset, unwrap(self.model).num_classes)
             if hasattr(dataset, "pipeline"):
-                check_files(dataset.pipeline)
+                checks.check_files(dataset.pipeline)
         return built
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
