@@ -1,8 +1,9 @@
 """Measure LIT and its counterparts, and the parts that LIT is made of.
 
 What is compared runs interleaved in one process, so that a slowdown of the machine affects all equally; figures are
-medians. On a CPU no other process may use the same cores, or ratios are off by more than they tell. On a CPU the C
+medians. On a CPU no other process may use the same cores, or ratios are off by more than they show. On a CPU the C
 library also keeps its own settings, while train.py and validate.py have it keep freed memory (see docs/models.md).
+docs/benchmarks/README.md has the commands of the reports.
 """
 
 import argparse
@@ -121,7 +122,7 @@ def _parser() -> cli.ArgumentParser:
     table1 = add("table1", "classifiers and their counterparts", TABLE1_HELP, common, batch, amp, compile_)
     table1.add_argument("models", nargs="*", default=TABLE1, metavar="MODEL", help=f"({' '.join(TABLE1)})")
     models_help = "Figures of any of timm's models; ratios are to the last one."
-    models = add("models", "the same of any models", models_help, common, batch, amp, compile_)
+    models = add("models", "the same figures of any of timm's models", models_help, common, batch, amp, compile_)
     models.add_argument(
         "models",
         nargs="*",
