@@ -1,22 +1,34 @@
 #!/usr/bin/env bash
-# The demo, end to end: drawn scenes -> Mask R-CNN on a demo-trained LIT -> box and mask AP, pictures.
-# `make demo-detection` calls it. The backbone is the classification demo's; where that has not run, it runs first.
+# The demos on drawn scenes, end to end: train on a LIT of the classification demo, measure, draw.
+#   demo.sh                 Mask R-CNN: box and mask AP    (make demo-detection)
+#   demo.sh segmentation    Semantic FPN: mIoU             (make demo-segmentation)
+# The classification demo runs first if it has not yet.
 set -euo pipefail
 
+task=${1:-detection}
 python=${PYTHON:-$(cd "${LIT_VENV:-$(dirname "$0")/../.venv}/bin" && pwd)/python}
-cd "$(dirname "$0")"
-root=$(cd .. && pwd)
-data=$root/data/coco-demo
-run=$root/output/demo-detection
-config=configs/lit/mask_rcnn_lit_ti_fpn_demo.py
+cd "$(dirname "$0")/.."
+root=$PWD
+run=$root/output/demo-$task
+case $task in
+    detection)
+        data=$root/data/coco-demo images='val2017/00000000000[1-8].jpg'
+        config=configs/lit/mask_rcnn_lit_ti_fpn_demo.py ;;
+    segmentation)
+        data=$root/data/ade-demo images='images/validation/ADE_val_0000000[1-8].jpg'
+        config=configs/lit/lit_ti_fpn_demo.py ;;
+    *) echo "error: '$task' is no demo: detection or segmentation" >&2; exit 2 ;;
+esac
 
 [[ -e $root/output/demo/model_best.safetensors ]] || PYTHON=$python bash "$root/classification/demo.sh"
-rm -rf "$run" # the last demo's
-"$python" -m litvit.demo_data "$data" --task detection
+cd "$task"
+rm -rf "$run" # of the last demo
+"$python" -m litvit.demo_data "$data" --task "$task"
 "$python" tools/train.py "$config" --work-dir "$run"
-"$python" tools/test.py "$config" "$(<"$run/last_checkpoint")" --work-dir "$run/test"
-"$python" tools/predict.py "$data"/val2017/00000000000[1-8].jpg --config "$config" \
-    --checkpoint "$(<"$run/last_checkpoint")" --out "$run/pictures"
+checkpoint=$(<"$run/last_checkpoint")
+"$python" tools/test.py "$config" "$checkpoint" --work-dir "$run/test"
+# shellcheck disable=SC2086 # a pattern
+"$python" tools/predict.py "$data"/$images --config "$config" --checkpoint "$checkpoint" --out "$run/pictures"
 
 echo "data:     $data"
 echo "run:      $run"
@@ -25,5 +37,8 @@ echo "pictures: $run/pictures"
 import json, pathlib, sys
 
 numbers = json.loads(sorted(pathlib.Path(sys.argv[1]).glob("*/*.json"))[-1].read_text())
-print("demo: box AP50 %.1f, mask AP50 %.1f" % tuple(100 * numbers[f"coco/{kind}_mAP_50"] for kind in ("bbox", "segm")))
+if "mIoU" in numbers:
+    print(f"demo: mIoU {numbers['mIoU']:.1f}")
+else:
+    print("demo: box AP50 %.1f, mask AP50 %.1f" % tuple(100 * numbers[f"coco/{kind}_mAP_50"] for kind in ("bbox", "segm")))
 PYTHON

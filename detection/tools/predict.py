@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw what a detector finds: predict.py IMAGE... --config CONFIG --checkpoint FILE --out DIR.
 
-Boxes and masks, or for a panoptic detector segments. A picture's drawing has its name and lies in DIR.
+It draws boxes and masks, or segments for a panoptic detector. A drawing is saved in DIR under the name of its image.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from litvit import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Predict and draw as the command line says."""
-    from litvit.openmmlab.tools import prediction_parser, predictions  # a missing mmengine is one line, too
+    """Predict and draw the images of a command line."""
+    # Not at the top: cli.run reports a missing mmengine.
+    from litvit.openmmlab.tools import prediction_parser, predictions
 
     parser = prediction_parser(__doc__.splitlines()[0])
-    parser.add_argument("--score-thr", type=float, default=0.3, help="leave out what scores less (default: 0.3)")
+    parser.add_argument("--score-thr", type=float, default=0.3, help="minimum score of what is drawn (default: 0.3)")
     args = parser.parse_args(argv)
     visualizer = None
     for model, file, pixels, result in predictions("mmdet", args):

@@ -4,15 +4,15 @@
 import os
 from collections.abc import Sequence
 
-# Torch's threads must not spin while they wait: on a CPU they would starve the loader processes. Read when torch loads.
+# Torch's waiting threads must not spin, or they starve the loader processes on a CPU. torch reads this when it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from litvit import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run mmdet's own script, which reads the command line."""
-    from litvit.openmmlab.tools import run_tool  # a missing mmengine is one line, too
+    """Run mmdet's own script, which parses the command line."""
+    from litvit.openmmlab.tools import run_tool  # not at the top: cli.run reports a missing mmengine
 
     run_tool("mmdet", "train")
 

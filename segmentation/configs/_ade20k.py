@@ -1,5 +1,6 @@
-# What the ADE20K configs share: mmseg's data, but the data set alone says what label 0 is, and the sizes of test-time
-# augmentation are relative to the test's (shorter side 512) and not to the picture's own, as in mmseg 0.x.
+# Data of the ADE20K configs: mmseg's, with two changes. Only the data set, not the pipeline, sets what label 0 means.
+# The sizes of test-time augmentation are relative to the test size (shorter side 512) and not to the image's own size,
+# as in mmseg 0.x.
 _base_ = "mmseg::_base_/datasets/ade20k.py"
 
 train_pipeline, test_pipeline, tta_pipeline = _base_.train_pipeline, _base_.test_pipeline, _base_.tta_pipeline

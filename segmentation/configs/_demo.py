@@ -1,4 +1,4 @@
-# What the demos share: data (`python -m litvit.demo_data ../data/ade-demo --task segmentation`) and schedule.
+# Data (`python -m litvit.demo_data ../data/ade-demo --task segmentation`) and schedule of the demos.
 _base_ = ["mmseg::_base_/schedules/schedule_80k.py", "mmseg::_base_/default_runtime.py"]
 
 data_root = "../data/ade-demo/"
@@ -27,7 +27,7 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.8),  # most crops show a digit
-    dict(type="PackSegInputs"),  # no flip: a mirrored digit is another sign
+    dict(type="PackSegInputs"),  # no flip: a mirrored digit is no digit
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),

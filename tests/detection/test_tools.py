@@ -49,9 +49,9 @@ def config(tmp_path_factory):
     return file
 
 
-def run(script, *arguments):
+def run(script, *arguments, **environment):
     program = "bash" if script.endswith(".sh") else sys.executable
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [program, DETECTION / "tools" / script, *map(str, arguments)],
         capture_output=True,
@@ -100,7 +100,7 @@ def test_evaluation_of_a_trained_detector(config, trained, tmp_path):
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} <= json.loads(numbers.read_text()).keys()
 
 
-def test_pictures_are_drawn(config, trained, tmp_path):
+def test_images_are_drawn(config, trained, tmp_path):
     image = config.parent / "coco" / "val2017" / "000000000001.jpg"
     flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "new" / "folder"]
     done = run("predict.py", image, *flags, "--score-thr", "0")
@@ -116,16 +116,16 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
     spec.loader.exec_module(predict)
     image = config.parent / "coco" / "val2017" / "000000000001.jpg"
     broken, empty = tmp_path / "broken.jpg", tmp_path / "empty.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     empty.touch()
     (tmp_path / "wrong.py").write_text(f"_base_ = '{config}'\nmodel = dict(neck=dict(type='FPM'))")
     flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "out"]
     for arguments, message in [
-        ([tmp_path / "none.jpg", *flags], f"no picture at {tmp_path / 'none.jpg'}"),
+        ([tmp_path / "none.jpg", *flags], f"no image at {tmp_path / 'none.jpg'}"),
         ([image, *flags, "--device", "abacus"], "--device abacus: "),
         ([image, *flags, "--config", tmp_path / "wrong.py"], "the config does not fit: "),
-        ([broken, *flags], f"{broken} is no picture that can be read"),
-        ([empty, *flags], f"{empty} is no picture that can be read"),
+        ([broken, *flags], f"{broken} cannot be read as an image"),
+        ([empty, *flags], f"{empty} cannot be read as an image"),
         ([image, *flags, "--out", image.parent], f"the drawing of {image} would overwrite it"),
     ]:
         done = run_main(predict, *arguments)
@@ -138,7 +138,7 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
     ("tool", "arguments", "message"),
     [
         ("test", ["{config}", "{checkpoint}", "--eval", "bbox", "segm"], "--eval is of an older OpenMMLab"),
-        ("train", ["{config}", "--resume-from", "x.pth"], "say --resume"),
+        ("train", ["{config}", "--resume-from", "x.pth"], "use --resume"),
         ("train", ["nowhere.py"], "no config at nowhere.py"),
         ("train", ["{config}", "--cfg-options", "foo"], "--cfg-options takes key=value, not 'foo'"),
         (
@@ -166,7 +166,7 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
         (
             "train",
             ["{config}", "--cfg-options", "train_dataloader.dataset.metainfo.classes=('cat','dog')"],
-            "no picture has an object of the config's classes",
+            "no image has an object of the config's classes",
         ),
         ("train", ["{retinanet}"], "no ImageNet weights at pretrained/lit_ti.pth"),
         (
@@ -222,7 +222,50 @@ def test_wrong_input_is_one_line(tool, arguments, message, config, trained, tmp_
     assert "\n" not in str(caught.value)
 
 
-def test_several_processes_say_it_once(config):
+# A user's backbone with a bug, and a data set with another one.
+MODULE = """
+import torch
+from mmdet.datasets import CocoDataset
+from mmengine.registry import DATASETS, MODELS
+
+@MODELS.register_module()
+class UsersBackbone(torch.nn.Module):
+    def __init__(self):
+        {constructor}
+
+@DATASETS.register_module()
+class UsersDataset(CocoDataset):
+    def load_data_list(self):
+        return super().load_data_list()["images"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("constructor", "setting", "error"),
+    [
+        ("len(5)", "model = dict(backbone=backbone)", "TypeError: object of type 'int' has no len()"),
+        ("raise RuntimeError('bug')", "model = dict(backbone=backbone)", "RuntimeError: bug"),
+        ("pass", "train_dataloader = dict(dataset=dict(type='UsersDataset'))", "TypeError: list indices must be"),
+    ],
+)
+def test_a_bug_in_the_users_own_code_keeps_its_traceback(constructor, setting, error, config, tmp_path):
+    (tmp_path / "users_module.py").write_text(MODULE.format(constructor=constructor))
+    (tmp_path / "config.py").write_text(
+        f"""
+_base_ = "{config}"
+custom_imports = dict(imports=["litvit.openmmlab", "users_module"])
+backbone = dict(_delete_=True, type="UsersBackbone")
+{setting}
+"""
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run("train.py", tmp_path / "config.py", "--work-dir", tmp_path / "run", PYTHONPATH=path)
+    assert done.returncode == 1
+    assert f'File "{tmp_path / "users_module.py"}"' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(error)
+
+
+def test_several_processes_report_it_once(config):
     done = run("dist_test.sh", config, "nowhere.pth", 2)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "nowhere" in line] == ["error: no checkpoint at nowhere.pth"]
@@ -230,7 +273,7 @@ def test_several_processes_say_it_once(config):
 
 
 @pytest.mark.parametrize(("number", "status"), [("0", 2), ("3", 0)])
-def test_one_process_of_slurm_says_it(number, status, monkeypatch):
+def test_one_process_of_slurm_reports_it(number, status, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("SLURM_LOCALID", number)
     done = run("train.py", "nowhere.py", "--launcher", "slurm")
@@ -245,7 +288,7 @@ def test_no_process_waits_for_one_that_refused_a_checkpoint(config, trained):
     assert "does not fit the config" in done.stderr.splitlines()[-1]
 
 
-def test_the_number_of_gpus_is_asked_for(config):
+def test_the_number_of_gpus_is_required(config):
     assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).stderr
     done = run("dist_train.sh", config, "many")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The configs build the published segmentors, which predict pictures of any size."""
+"""The configs build the published segmentors, which predict images of any size."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_parameters_and_published_settings(file, millions):
 @pytest.mark.parametrize("file", [LIT.format("ti"), LIT.format("b"), LVT])
 @pytest.mark.parametrize("size", [(75, 100), (1024, 768)])
 def test_sizes_of_test_time_augmentation(file, size, tmp_path):
-    """The test's, shorter side 512, times the ratios, whatever the picture's is; SegFormer's rounded up to 32."""
+    """The test's, shorter side 512, times the ratios, whatever the image's size is; SegFormer's rounded up to 32."""
     paths = {"img_path": str(tmp_path / "0.png"), "seg_map_path": str(tmp_path / "1.png")}
     for mode, path in zip(("RGB", "L"), paths.values(), strict=True):
         Image.new(mode, size).save(path)

@@ -23,7 +23,8 @@ from PIL import Image
 from litvit.demo_data import PALETTE, SceneSettings, build
 from litvit.errors import InputError
 from litvit.openmmlab import load_from_file
-from litvit.openmmlab.runner import SampleError, check_annotations, check_files
+from litvit.openmmlab.checks import check_annotations, check_files
+from litvit.openmmlab.errors import SampleError
 from litvit.openmmlab.tools import run_tool
 
 SEGMENTATION = Path(__file__).parents[2] / "segmentation"
@@ -103,7 +104,7 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     file.write_text(f"_base_ = '{config}'\nload_from = '{trained / 'iter_2.pth'}'\n{PRETRAINED}")
     done = run("train.py", file, "--work-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
-    assert f"{cut} is cut off or not there: {folder / 'iter_1.pth'} in its place" in done.stderr
+    assert f"{cut} is cut off or missing: {folder / 'iter_1.pth'} is used instead" in done.stderr
     assert "resumed epoch: 0, iter: 1" in done.stdout
     assert "Iter(train) [1/2]" not in done.stdout
     assert "Iter(train) [2/2]" in done.stdout
@@ -112,7 +113,7 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
 
 
 def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp_path):
-    """With --resume as a job says it that may be broken off: there is nothing to resume yet."""
+    """With --resume, as in a job that may be interrupted, while there is nothing to resume yet."""
     (tmp_path / "fifteen.py").write_text(FIFTEEN.format(config=config, checkpoint=trained / "iter_2.pth") + PRETRAINED)
     done = run("train.py", tmp_path / "fifteen.py", "--work-dir", tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr
@@ -132,10 +133,10 @@ def test_evaluation_of_a_trained_segmentor(config, trained, tmp_path):
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [f"ADE_val_0000000{i}.png" for i in (1, 2)]
 
 
-def test_pictures_are_drawn_with_a_legend(config, trained, tmp_path):
-    picture = Image.open(config.parent / "ade/images/validation/ADE_val_00000001.jpg")
-    image = tmp_path / "picture.png"
-    picture.save(image)
+def test_images_are_drawn_with_a_legend(config, trained, tmp_path):
+    original = Image.open(config.parent / "ade/images/validation/ADE_val_00000001.jpg")
+    image = tmp_path / "image.png"
+    original.save(image)
     # The pipeline of the test's data is what counts, as for test.py.
     (tmp_path / "other.py").write_text(f"_base_ = '{config}'\ntest_pipeline = [dict(type='Nothing')]")
     flags = ["--config", tmp_path / "other.py", "--checkpoint", trained / "iter_2.pth"]
@@ -143,11 +144,11 @@ def test_pictures_are_drawn_with_a_legend(config, trained, tmp_path):
     done = run("predict.py", image, *flags, "--opacity", "1")
     assert done.returncode == 0, done.stderr
     drawn = Image.open(tmp_path / "new" / "folder" / image.name)
-    assert drawn.height == picture.height
-    assert drawn.width > picture.width
-    colors = {color for _, color in drawn.crop((0, 0, *picture.size)).getcolors()}
+    assert drawn.height == original.height
+    assert drawn.width > original.width
+    colors = {color for _, color in drawn.crop((0, 0, *original.size)).getcolors()}
     assert colors <= set(PALETTE)
-    legend = {color for _, color in drawn.crop((picture.width, 0, *drawn.size)).getcolors(1000)}
+    legend = {color for _, color in drawn.crop((original.width, 0, *drawn.size)).getcolors(1000)}
     assert legend & set(PALETTE) == colors
 
 
@@ -160,7 +161,7 @@ def test_wrong_input_of_predict_is_one_line(config, run_main, tmp_path):
     (tmp_path / "wrong.py").write_text(f"_base_ = '{config}'\nmodel = dict(neck=dict(type='FPM'))")
     flags = ["--config", config, "--checkpoint", tmp_path / "none.pth", "--out", tmp_path / "out"]
     for arguments, message in [
-        ([tmp_path / "none.jpg", *flags], f"no picture at {tmp_path / 'none.jpg'}"),
+        ([tmp_path / "none.jpg", *flags], f"no image at {tmp_path / 'none.jpg'}"),
         ([image, *flags, "--opacity", "2"], "--opacity is 2.0, but must be"),
         ([image, *flags], f"no checkpoint at {tmp_path / 'none.pth'}"),
         ([image, *flags, "--device", "abacus"], "--device abacus: "),
@@ -179,7 +180,7 @@ def test_wrong_input_of_predict_is_one_line(config, run_main, tmp_path):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """150 classes of random rectangles in ADE20K's layout, in pictures of several odd sizes."""
+    """150 classes of random rectangles in ADE20K's layout, in images of several odd sizes."""
     folder = tmp_path_factory.mktemp("shapes") / "ADEChallengeData2016"
     rng = np.random.default_rng(0)
     colors = rng.integers(256, size=(151, 3), dtype=np.uint8)
@@ -252,13 +253,13 @@ def test_test_time_augmentation(published, shapes, tmp_path, monkeypatch):
     run_tool("mmseg", "test")
     (numbers,) = tmp_path.glob("*/*.json")
     assert json.loads(numbers.read_text()).keys() >= {"mIoU", "mAcc", "aAcc"}
-    for picture in (shapes / "images" / "validation").iterdir():
+    for image in (shapes / "images" / "validation").iterdir():
         probabilities = []
         for view in views:
-            sample = view({"img_path": str(picture)})
+            sample = view({"img_path": str(image)})
             (seen,) = model.test_step({name: [value] for name, value in sample.items()})
             probabilities.append(seen.seg_logits.data.softmax(0))
-        labels = torch.from_numpy(np.array(Image.open(tmp_path / "maps" / f"{picture.stem}.png"))).int() - 1
+        labels = torch.from_numpy(np.array(Image.open(tmp_path / "maps" / f"{image.stem}.png"))).int() - 1
         expected = torch.stack(probabilities).mean(0).argmax(0)
         assert (labels == expected).float().mean() > 0.99
         assert all((x.argmax(0) == expected).float().mean() < 0.99 for x in probabilities)
@@ -267,7 +268,7 @@ def test_test_time_augmentation(published, shapes, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        ("test", ["{config}", "{checkpoint}", "--aug-test"], "say --tta"),
+        ("test", ["{config}", "{checkpoint}", "--aug-test"], "use --tta"),
         ("test", ["{no_tta}", "{checkpoint}", "--tta"], "the config has no tta_pipeline"),
         (
             "train",
@@ -348,8 +349,8 @@ def test_test_time_augmentation(published, shapes, tmp_path, monkeypatch):
         ("train", ["{config}", "--cfg-options", "train_dataloder.batch_size=1"], "did you mean train_dataloader?"),
         ("train", ["{config}", "--cfg-options", "data.samples_per_gpu=1"], "data: the config has no such setting"),
         ("train", ["{config}", "--resume", "--cfg-options", "load_from={weights}"], "weights only, not where"),
-        ("train", ["{config}", "--cfg-options", "load_from={bare}"], "bare.pth holds a backbone alone"),
-        ("test", ["{config}", "{published}"], "published.pth holds a backbone alone"),
+        ("train", ["{config}", "--cfg-options", "load_from={bare}"], "bare.pth holds only a backbone"),
+        ("test", ["{config}", "{published}"], "published.pth holds only a backbone"),
         ("train", ["{config}", "--work-dir", "{cut}", "--resume"], "no checkpoint of {cut} is whole, nor "),
     ],
 )
@@ -399,7 +400,7 @@ def test_a_wrong_label_is_one_line_from_a_loader_process(config, trained):
     ("labels", "message"),
     [
         (np.zeros((75, 100, 3), dtype=np.uint8), "0.png has 3 channels, but a pixel's label is one number"),
-        (np.zeros((100, 75), dtype=np.uint8), "0.png is 100 x 75 pixels high x wide, its picture {picture} 75 x 100"),
+        (np.zeros((100, 75), dtype=np.uint8), "0.png is 100 x 75 pixels high x wide, its image {image} 75 x 100"),
         (np.full((75, 100), 4, dtype=np.uint8), "0.png has label 4, but the classes are 1 to 3"),
         (np.full((75, 100), 258, dtype=np.uint16), "0.png has label 258, but the classes are 1 to 3"),
         (None, "labels/0.png cannot be read: OSError: "),
@@ -409,8 +410,8 @@ def test_a_wrong_label_is_one_line_from_a_loader_process(config, trained):
 def test_wrong_annotations(labels, message, tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
-    picture = tmp_path / "images" / "0.jpg"
-    Image.new("RGB", (100, 75)).save(picture)
+    image = tmp_path / "images" / "0.jpg"
+    Image.new("RGB", (100, 75)).save(image)
     file = tmp_path / "labels" / "0.png"
     noise = np.random.default_rng(0).integers(4, size=(75, 100), dtype=np.uint8)
     Image.fromarray(labels if isinstance(labels, np.ndarray) else noise).save(file)
@@ -430,13 +431,13 @@ def test_wrong_annotations(labels, message, tmp_path):
             )
         check_annotations(dataset, num_classes=3)
         check_files(dataset.pipeline)
-        with pytest.raises(SampleError, match=re.escape(message.format(picture=picture))) as caught:
+        with pytest.raises(SampleError, match=re.escape(message.format(image=image))) as caught:
             dataset[0]
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture"])
-def test_a_broken_picture_is_named(content, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"no image"])
+def test_a_broken_image_is_named(content, tmp_path):
     (tmp_path / "0.jpg").write_bytes(content)
     pipeline = Compose([{"type": "LoadImageFromFile"}])
     check_files(pipeline)
@@ -445,7 +446,7 @@ def test_a_broken_picture_is_named(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_no_annotation_is_asked_for_by_itself(tmp_path, monkeypatch):
+def test_annotations_are_listed_by_folder(tmp_path, monkeypatch):
     (tmp_path / "labels").mkdir()
     for i in range(100):
         (tmp_path / "labels" / f"{i}.png").touch()
@@ -469,6 +470,6 @@ def test_no_annotation_is_asked_for_by_itself(tmp_path, monkeypatch):
         check_annotations(dataset, num_classes=2)
 
 
-def test_the_number_of_gpus_is_asked_for(config):
+def test_the_number_of_gpus_is_required(config):
     assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).stderr
     assert "CONFIG CHECKPOINT GPUS" in run("dist_test.sh", config, "x.pth").stderr

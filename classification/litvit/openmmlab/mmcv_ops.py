@@ -1,10 +1,10 @@
-"""Stand-ins for mmcv's compiled operators, backed by torchvision, on CPUs and GPUs alike.
+"""Stand-ins for mmcv's compiled operators, backed by torchvision, on CPUs and GPUs.
 
 `mmcv.ops` is Python around one compiled module, `mmcv._ext`. That module takes minutes to compile, fits one version of
-torch, and has GPU operators only where a CUDA toolkit was at hand. The detectors and segmentors of this project need
-three of its operators, and torchvision's wheels have them: NMS, RoIAlign, and what focal loss is made of.
+torch, and has GPU operators only if a CUDA toolkit was installed. The detectors and segmentors of this project need
+three of its operators, and torchvision's wheels have the means for them: NMS, RoIAlign and focal loss.
 
-`provide_operators` puts a module of stand-ins in the place of `mmcv._ext` where mmcv lacks it. It has to run before
+`provide_operators` replaces `mmcv._ext` by a module of stand-ins where mmcv lacks it. It has to run before
 `mmcv.ops` is imported; importing `litvit.openmmlab` does that.
 """
 
@@ -31,10 +31,10 @@ def provide_operators() -> str:
     """Make `mmcv.ops` importable, with mmcv's compiled operators if they run here, else with the stand-ins.
 
     Returns:
-        A sentence for the log: which operators are used, and why.
+        Sentence for the log that says which operators are used, and why.
 
     Raises:
-        InputError: parts of mmdet or mmseg that need operators have been imported before, and do without for good.
+        InputError: Parts of mmdet or mmseg that need operators have been imported before, without finding any.
     """
     if importlib.util.find_spec("mmcv") is None:
         return "mmcv is not installed"
@@ -59,7 +59,7 @@ def provide_operators() -> str:
 
 
 class _StandIns(ModuleType):
-    """The module `mmcv._ext`; operators that are not replaced are the compiled module's, or refused when called."""
+    """The module `mmcv._ext`. Operators without a stand-in are the compiled module's, or raise when they are called."""
 
     def __init__(self, doc: str, compiled: ModuleType | None) -> None:
         super().__init__(_NAME, doc)
@@ -98,10 +98,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         boxes: Corners (N, 4), x1 y1 x2 y2.
         scores: Scores (N,).
         iou_threshold: IoU above which the lower-scored box is dropped.
-        offset: Pixels (0 or 1) that count to a side beyond the difference of its corners.
+        offset: Number of pixels (0 or 1) that a side is longer than the difference of its corners.
 
     Returns:
-        Indices (K,) of the boxes that are kept, by falling score.
+        Indices (K,) of the boxes that are kept, by descending score.
     """
     boxes = boxes.to(_at_least_float32(boxes.dtype))
     if offset:
@@ -122,7 +122,7 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (Bodla et al., 2017) on the CPU: overlapping boxes lose score in the place of being dropped.
+    """Soft-NMS (Bodla et al., 2017) on the CPU: overlapping boxes lose score instead of being dropped.
 
     Args:
         boxes: Corners (N, 4).
@@ -132,7 +132,7 @@ def softnms(
         sigma: Width of the Gaussian of method 2.
         min_score: Score below which a box is dropped.
         method: 0 for a weight of 0, 1 for 1 - IoU, 2 for exp(-IoU^2 / sigma).
-        offset: As for `nms`.
+        offset: Number of pixels (0 or 1), as for `nms`.
 
     Returns:
         Indices (K,) of the kept boxes.
@@ -154,8 +154,8 @@ def softnms(
             table[rest, 4] *= np.exp(-(iou * iou) / table.dtype.type(sigma))
         else:
             table[rest, 4] *= np.where(iou >= iou_threshold, 1 - iou if method == 1 else 0, 1)
-        # The compiled operator fills the place of a dropped box with the last one left, which decides between
-        # boxes of equal scores.
+        # As in the compiled operator, the last remaining box fills the slot of a dropped one: this order decides
+        # between boxes of equal scores.
         kept = ~(table[rest, 4] < min_score)
         left = kept.sum()
         head, tail = rest[:left].copy(), rest[left:]
@@ -195,7 +195,7 @@ def roi_align_forward(
         aligned: Whether corners are shifted by half a pixel.
 
     Raises:
-        InputError: maximum pooling.
+        InputError: Maximum pooling is asked for.
     """
     if pool_mode != _AVERAGE:
         raise InputError(

@@ -1,6 +1,6 @@
-"""SegFormer's head as LVT was published with it: on mmseg, under the published names.
+"""SegFormer's head as LVT was published with it, on mmseg and under the published names.
 
-mmseg's own SegformerHead is another function: it puts a norm and a ReLU after the linear map of every level.
+mmseg's own SegformerHead computes something else: it has a norm and a ReLU after the linear map of every level.
 
     custom_imports = dict(imports=["litvit.openmmlab.segmentation"])
     decode_head = dict(type="SegFormerHead", in_channels=[64, 64, 160, 256], in_index=[0, 1, 2, 3], channels=256, ...)
@@ -22,9 +22,9 @@ class SegFormerHead(BaseDecodeHead):
     1 x 1 convolution with norm and ReLU; dropout; a 1 x 1 convolution to the classes.
 
     Args:
-        kwargs: mmseg's `BaseDecodeHead`'s: `in_channels` and `in_index` of the levels, the first one the largest,
-            `channels`, `num_classes`, `norm_cfg` (None: no norm), `dropout_ratio`, `align_corners` and the loss.
-            `conv_cfg` and `act_cfg` change nothing, `input_transform` and `init_cfg` are set here.
+        kwargs: Arguments of mmseg's `BaseDecodeHead`: `in_channels` and `in_index` of the levels, the largest
+            first, `channels`, `num_classes`, `norm_cfg` (None: no norm), `dropout_ratio`, `align_corners` and the loss.
+            `conv_cfg` and `act_cfg` have no effect; `input_transform` and `init_cfg` are set here.
     """
 
     def __init__(self, **kwargs) -> None:
@@ -38,15 +38,15 @@ class SegFormerHead(BaseDecodeHead):
         self._register_load_state_dict_pre_hook(self._drop_conv_seg)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Maps (B, C, h, w) of the levels -> logits (B, classes, h, w) at the first level's size."""
-        # Up to the norm all is linear, and a linear map of channels commutes with resizing: each level goes through its
-        # two maps as one, at its own size.
+        """Compute logits (B, classes, h, w) at the first level's size from the levels' maps (B, C, h, w)."""
+        # Everything before the norm is linear, and a linear map of channels commutes with resizing. So the two maps of
+        # each level are multiplied into one, which is applied at the level's own size.
         inputs = self._transform_inputs(inputs)
         fuse = self.linear_fuse.conv.weight.flatten(1).chunk(len(inputs), dim=1)
         levels = []
         for i, (x, part) in enumerate(zip(inputs, reversed(fuse), strict=True), start=1):
             proj = self.get_submodule(f"linear_c{i}.proj")
-            x = x.contiguous(memory_format=torch.channels_last)  # resizing is faster there
+            x = x.contiguous(memory_format=torch.channels_last)  # resizing is faster in it
             levels.append(F.conv2d(x, (part @ proj.weight)[..., None, None], part @ proj.bias))
         fused, *others = levels
         for x in others:
@@ -61,6 +61,6 @@ class SegFormerHead(BaseDecodeHead):
 
     @staticmethod
     def _drop_conv_seg(state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-        """Leave out a classifier of mmseg's base class, which SegFormer has no use for."""
+        """Drop the classifier of mmseg's base class, which published checkpoints hold and SegFormer does not use."""
         for name in ("weight", "bias"):
             state_dict.pop(f"{prefix}conv_seg.{name}", None)

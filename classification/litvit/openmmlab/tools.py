@@ -1,4 +1,4 @@
-"""The command lines of mmdet and mmseg, run from their installed packages, with wrong input told in one line."""
+"""The command lines of mmdet and mmseg, run from the installed packages, with wrong input reported in one line."""
 
 import argparse
 import copy
@@ -9,9 +9,10 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -24,45 +25,55 @@ from torch import nn
 from litvit import cli
 from litvit.errors import InputError
 from litvit.memory import keep_freed_memory
-from litvit.openmmlab import local_rank
+from litvit.openmmlab.checkpoints import load_checkpoint_checked, local_rank
+from litvit.openmmlab.errors import SampleError, is_from_user_code, one_line
 from litvit.training.model import choose_device
 
 # Flags of mmdet 2 and mmseg 0.x that the papers' commands use.
 _OLD_FLAGS = {
     "--eval": "what is measured is the config's test_evaluator, so leave --eval and its values out",
-    "--resume-from": "say --resume CHECKPOINT (mmdet), --resume --cfg-options load_from=CHECKPOINT (mmseg)",
-    "--auto-resume": "say --resume",
-    "--options": "say --cfg-options",
-    "--format-only": "say --cfg-options test_evaluator.format_only=True, with test_evaluator.outfile_prefix=PREFIX "
+    "--resume-from": "use --resume CHECKPOINT (mmdet), --resume --cfg-options load_from=CHECKPOINT (mmseg)",
+    "--auto-resume": "use --resume",
+    "--options": "use --cfg-options",
+    "--format-only": "use --cfg-options test_evaluator.format_only=True, with test_evaluator.outfile_prefix=PREFIX "
     "(mmdet) or --out DIR (mmseg)",
-    "--aug-test": "say --tta",
-    "--load-from": "say --cfg-options load_from=CHECKPOINT",
-    "--seed": "say --cfg-options randomness.seed=0",
-    "--gpu-id": "say CUDA_VISIBLE_DEVICES=0 before the command",
-    "--gpus": "say bash tools/dist_train.sh CONFIG GPUS",
+    "--aug-test": "use --tta",
+    "--load-from": "use --cfg-options load_from=CHECKPOINT",
+    "--seed": "use --cfg-options randomness.seed=0",
+    "--gpu-id": "use CUDA_VISIBLE_DEVICES=0 before the command",
+    "--gpus": "use bash tools/dist_train.sh CONFIG GPUS",
 }
 
-# Settings of a config that are no arguments of mmengine's Runner.
+# Settings of a config that mmengine's Runner does not take as arguments.
 _MORE_SETTINGS = ("auto_scale_lr", "compile", "find_unused_parameters", "model_wrapper_cfg", "sync_bn")
+
+# Exceptions that building by a config that does not fit raises.
+_CONFIG_ERRORS = (ImportError, KeyError, IndexError, TypeError, ValueError, AssertionError, AttributeError)
 
 
 def run_tool(package: str, name: str) -> None:
-    """Run `tools/<name>.py` of mmdet or mmseg with this process' arguments.
+    """Run `tools/<name>.py` of mmdet or mmseg with the arguments of this process.
 
     Args:
-        package: "mmdet" or "mmseg".
-        name: "train" or "test".
+        package: Name of the package, "mmdet" or "mmseg".
+        name: Name of the script, "train" or "test".
 
     Raises:
-        InputError: wrong input, in the machine's first process, or in that which reads the wrong sample.
+        InputError: Wrong input. Of several processes on a machine the first one raises it, or the one that reads the
+            wrong sample.
     """
-    from litvit.openmmlab import runner  # slow to import, and check_command's callers may not need it
+    from litvit.openmmlab.runner import TestRunner, TrainingRunner  # slow to import, and not needed by other callers
 
-    rank = local_rank()  # mmdet's and mmseg's scripts set it to 0 where only Slurm has said it
-    Runner = {"train": runner.TrainingRunner, "test": runner.TestRunner}[name]
-    Runner.running = False
+    rank = local_rank()  # mmdet's and mmseg's scripts set it to 0 where only Slurm has set it
+    loaded = Event()
+
+    class Runner({"train": TrainingRunner, "test": TestRunner}[name]):
+        def load_or_resume(self) -> None:
+            super().load_or_resume()
+            loaded.set()
+
     try:
-        with _in_one_line(lambda: Runner.running):
+        with _in_one_line(loaded):
             check_command(sys.argv[1:])
             if not torch.cuda.is_available():
                 keep_freed_memory()
@@ -73,9 +84,9 @@ def run_tool(package: str, name: str) -> None:
             script.Runner = Runner
             script.main()
     except InputError as error:
-        if rank == 0 or isinstance(error, runner.SampleError):
+        if rank == 0 or isinstance(error, SampleError):
             raise
-        return  # the machine's first process says so, and is not ended before by another's status
+        return  # the machine's first process reports it, and must not be ended by another one's exit status
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
@@ -84,40 +95,46 @@ def run_tool(package: str, name: str) -> None:
 
 
 @contextmanager
-def _in_one_line(running: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Turn what mmengine, mmdet and mmseg raise for wrong input into an InputError.
+def _in_one_line(loaded: Event) -> Iterator[None]:
+    """Turn what mmengine, mmdet and mmseg raise for wrong input into an InputError; the user's own bugs pass through.
 
     Args:
-        running: whether all is built by now, and an error is most likely not the config's.
+        loaded: Event that is set once everything is built and the weights are loaded. Most exceptions after it have
+            nothing to do with the config and pass through too.
     """
-    from litvit.openmmlab.runner import SampleError, one_line
-
     try:
         yield
-    except FileNotFoundError as error:  # also of a loader process, with its traceback as message
-        raise SampleError(str(error)) from error
-    except (SyntaxError, ConfigParsingError) as error:
-        raise InputError(f"the config cannot be read: {' '.join(str(error).split())}") from error
     except InputError:
         raise
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        if running():
+    except Exception as error:
+        if is_from_user_code(error):
             raise
-        raise InputError(f"{error.filename} cannot be used: {error.strerror}") from error
-    except (ImportError, KeyError, IndexError, TypeError, ValueError, AssertionError, AttributeError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, FileNotFoundError):  # or a loader process's, with its traceback as message
+            raise SampleError(str(error)) from error
+        if isinstance(error, SyntaxError | ConfigParsingError):
+            raise InputError(f"the config cannot be read: {message}") from error
+        if isinstance(error, FileExistsError | NotADirectoryError | PermissionError) and not loaded.is_set():
+            raise InputError(f"{error.filename} cannot be used: {error.strerror}") from error
+        if not isinstance(error, _CONFIG_ERRORS):
+            raise
         if missing := re.search(r"'ConfigDict' object has no attribute '(\w+)'", message):
             raise InputError(f"the config has no {missing[1]}") from error
-        # What cannot be built is sometimes found late.
-        if running() and not any(part in message for part in ("registry", "class `", "__init__()")):
+        # What cannot be built is sometimes built after loading.
+        if loaded.is_set() and not any(part in message for part in ("registry", "class `", "__init__()")):
             raise
         raise InputError(f"the config does not fit: {one_line(error)}") from error
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """Raise an InputError for wrong arguments that the scripts would take, or meet with a traceback.
+    """Check arguments that the scripts would accept without effect, or answer with a traceback.
 
-    Flags of mmdet 2 and mmseg 0.x, a config that is not there, options without value or of nothing in the config.
+    Args:
+        arguments: Arguments of train.py or test.py.
+
+    Raises:
+        InputError: A flag of mmdet 2 or mmseg 0.x, a missing config, an option without value or without a setting of
+            that name in the config.
     """
     last, config, names = "", None, []
     for argument in arguments:
@@ -146,24 +163,24 @@ def import_package(package: str) -> Path:
     """Import mmdet or mmseg and return its folder.
 
     Raises:
-        InputError: it or mmcv is not installed.
+        InputError: The package or mmcv is not installed.
     """
     try:
         importlib.import_module("mmcv.ops")
         return Path(importlib.import_module(package).__file__).parent
-    except (ImportError, AssertionError) as error:  # mmdet asserts the version of mmcv
+    except (ImportError, AssertionError) as error:  # mmdet asserts mmcv's version
         raise InputError(f"{package} and mmcv are needed ({error}): run ./setup_env.sh") from error
 
 
 def prediction_parser(description: str) -> cli.ArgumentParser:
-    """Return the flags that predict.py has in both task folders."""
+    """Return a parser with the flags that predict.py has in both task folders."""
     parser = cli.ArgumentParser(description=description)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the drawings")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the drawings")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the config")
-    parser.add_argument("--device", metavar="NAME", help="cuda, cpu ... (cuda where there is one)")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cpu, ... (cuda if there is a GPU)")
     return parser
 
 
@@ -171,20 +188,20 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
     """Predict the images of a command line.
 
     Args:
-        package: "mmdet" or "mmseg".
-        args: what `prediction_parser` has read.
+        package: Name of the package, "mmdet" or "mmseg".
+        args: Arguments that a `prediction_parser` has parsed.
 
     Yields:
-        For each image: the model, with `dataset_meta`; the file for the drawing, in a folder that is there; the pixels
+        For each image: the model, with `dataset_meta`; the file for the drawing, in a folder that exists; the pixels
         (H, W, 3), uint8 RGB; the result, of mmdet's or mmseg's type.
 
     Raises:
-        InputError: wrong input.
+        InputError: Wrong input.
     """
     drawings = {}
     for image in args.images:
         if not image.is_file():
-            raise InputError(f"no picture at {image}")
+            raise InputError(f"no image at {image}")
         drawing = args.out / image.name
         if drawing.exists() and drawing.samefile(image):
             raise InputError(f"the drawing of {image} would overwrite it: name another folder than --out {args.out}")
@@ -194,7 +211,8 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: name a folder")
     device = choose_device(args.device)
-    with _in_one_line():
+    loaded = Event()
+    with _in_one_line(loaded):
         check_command([args.config, "--cfg-options", *args.cfg_options])
         options = argparse.Namespace()
         DictAction([], "settings")(None, options, args.cfg_options)
@@ -203,28 +221,27 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
         import mmcv
         from mmengine.registry import DATASETS
 
-        from litvit.openmmlab.runner import check_fit
-
         apis = importlib.import_module(f"{package}.apis")
         init, predict = {"mmdet": ("init_detector", "inference_detector"), "mmseg": ("init_model", "inference_model")}[
             package
         ]
         model = getattr(apis, init)(args.config, device="cpu", cfg_options=options.settings)
-        meta = check_fit(model, args.checkpoint).get("meta", {})
+        meta = load_checkpoint_checked(model, args.checkpoint).get("meta", {})
         settings = model.cfg.test_dataloader.dataset
-        if "pipeline" in settings:  # which test.py uses, and mmdet; mmseg predicts with, and changes, another
+        if "pipeline" in settings:  # test.py and mmdet use this one; mmseg predicts with, and changes, another
             model.cfg.test_pipeline = copy.deepcopy(settings.pipeline)
         dataset = DATASETS.build({**settings, "lazy_init": True})
         model.dataset_meta = dataset.metainfo | meta.get("dataset_meta", {})
         model.to(device)
         args.out.mkdir(parents=True, exist_ok=True)
+    loaded.set()
     for drawing, image in drawings.items():
         try:
             pixels = mmcv.imread(str(image))
-        except cv2.error:  # of an empty file; other broken ones are None
+        except cv2.error:  # an empty file; for other broken ones imread returns None
             pixels = None
         if pixels is None:
-            raise InputError(f"{image} is no picture that can be read")
-        with _in_one_line(lambda: True):
+            raise InputError(f"{image} cannot be read as an image")
+        with _in_one_line(loaded):
             result = getattr(apis, predict)(model, pixels)
         yield model, drawing, pixels[..., ::-1], result

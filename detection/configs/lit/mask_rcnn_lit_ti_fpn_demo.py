@@ -34,7 +34,7 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="PackDetInputs"),  # no flip: a mirrored digit is another sign
+    dict(type="PackDetInputs"),  # no flip: a mirrored digit is no digit
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -1,5 +1,5 @@
-# What the runs of LVT on COCO share, as published: AdamW, linear warm-up over 500 iterations from 0.001 of the learning
-# rate, x0.1 at epochs 8 and 11 of 12; total batch 8 GPUs x 8 (with fewer GPUs: --auto-scale-lr).
+# Model, data and schedule of LVT on COCO, as published: AdamW, linear warm-up over 500 iterations from 0.001 of the
+# learning rate, x0.1 at epochs 8 and 11 of 12; total batch 8 GPUs x 8 (with fewer GPUs: --auto-scale-lr).
 # Half precision: --amp. Activation checkpointing: --cfg-options model.backbone.with_cp=True.
 _base_ = "mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["litvit.openmmlab", "litvit.openmmlab.panoptic"])
@@ -17,7 +17,7 @@ model = dict(
     semantic_head=dict(in_channels=96, inner_channels=48, norm_cfg=dict(num_groups=12)),
 )
 
-# mmdet's own reading and measuring of panoptic files need panopticapi, which no registry has.
+# mmdet's own classes for panoptic files need panopticapi, which is on no package index.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadCocoPanoptic"),

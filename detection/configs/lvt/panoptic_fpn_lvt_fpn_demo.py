@@ -3,7 +3,7 @@
 #         python tools/train.py configs/lvt/panoptic_fpn_lvt_fpn_demo.py
 # Cost:   14 minutes on 2 cores of an AMD EPYC that were shared, float32.
 # Number: PQ 45.4, of things 59.1, of stuff 11.0 on 200 held-out scenes (measured; each epoch 4.0, 21.6, 40.2, 45.4).
-#         The scenes have finer textures since (`drawing` 2); not measured on those.
+#         The scenes now have finer textures (`drawing` 2); not measured on them.
 _base_ = "_panoptic_fpn_lvt.py"
 
 data_root = "../data/coco-demo/"
@@ -32,7 +32,7 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadCocoPanoptic"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="PackDetInputs"),  # no flip: a mirrored digit is another sign
+    dict(type="PackDetInputs"),  # no flip: a mirrored digit is no digit
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -30,5 +30,5 @@ model = dict(
         loss_decode=dict(class_weight=[1.0] * 4 + [8.0] * 10),
     ),
 )
-# The backbone knows digits; the neck and the head have all to learn.
+# The backbone is trained on digits already; the neck and the head start from scratch.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.05))))

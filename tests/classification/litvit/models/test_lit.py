@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import litvit  # noqa: F401 (registers the models)
-from litvit.analysis.macs import count_macs
 from litvit.attention.position_tables import resize_relative_table
+from litvit.benchmarks.macs import count_macs
 from litvit.errors import InputError
 from litvit.models import LIT
 

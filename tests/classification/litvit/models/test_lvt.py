@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from published_lvt import PublishedLVT
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import litvit  # noqa: F401 (registers the models)
-from litvit.analysis.macs import count_macs
+from litvit.benchmarks.macs import count_macs
+from litvit.benchmarks.published_lvt import PublishedLVT
 from litvit.errors import InputError
 from litvit.models import LVT
 

@@ -1,4 +1,4 @@
-"""The backbones in mmengine's registry: features, checkpoints by every door, what a detector's config asks for."""
+"""The backbones in mmengine's registry: features, checkpoints by every entry point, settings of a config."""
 
 import copy
 import os
@@ -53,7 +53,7 @@ def test_one_backbone_for_mmdet_and_mmseg(registry, type_, arch, kwargs):
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_published_dense_checkpoints_load_by_every_door(name, published, tmp_path):
+def test_published_dense_checkpoints_load_by_every_entry_point(name, published, tmp_path):
     entries = {f"backbone.{key}": value for key, value in published(name).items()}
     file = tmp_path / "detector.pth"
     torch.save({"meta": {"epoch": 12}, "state_dict": entries}, file)
@@ -72,7 +72,7 @@ def test_published_dense_checkpoints_load_by_every_door(name, published, tmp_pat
             assert torch.equal(backbone.state_dict()[key], value), key
 
 
-def test_imagenet_weights_load_and_norms_of_the_maps_start_afresh(published, tmp_path):
+def test_imagenet_weights_load_and_norms_of_the_maps_keep_their_initial_values(published, tmp_path):
     torch.save({"model": published("lit_s")}, tmp_path / "lit_s.pth")
     classifier = timm.create_model("lit_s")
     classifier.load_state_dict(published("lit_s"))
@@ -140,7 +140,7 @@ def test_no_checkpoint_runs_code(tmp_path):
     assert not made.exists()
 
 
-def test_what_mmengine_saves_beside_weights_is_read(tmp_path):
+def test_what_mmengine_saves_besides_weights_is_read(tmp_path):
     history = HistoryBuffer()
     for value in (1.0, 2.0, 6.0):
         history.update(value)

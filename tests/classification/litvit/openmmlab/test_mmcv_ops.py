@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -41,7 +42,7 @@ def _stand_ins(monkeypatch):
 
 
 def boxes_on_a_grid(n=60, seed=0):
-    """Boxes with whole corners, many of them alike, and scores of which many are equal."""
+    """Boxes with whole corners, many of them equal, and scores of which many are equal."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.randint(0, 12, (n, 2), generator=generator)
     sides = torch.randint(1, 9, (n, 2), generator=generator)
@@ -284,12 +285,12 @@ def __getattr__(name): return name
     ],
 )
 def test_which_operators_are_used(module, gpu, sentence, tmp_path):
-    """In a process of its own, with a module in the place of the compiled one."""
+    """In a process of its own, with a module instead of the compiled one."""
     (tmp_path / "_ext.py").write_text(module or "")
     program = f"""
 import sys, mmcv, torch
 mmcv.__path__.insert(0, {str(tmp_path)!r})
-{"sys.modules['mmcv._ext'] = None  # as if not there" if module is None else ""}
+{"sys.modules['mmcv._ext'] = None  # as if not installed" if module is None else ""}
 torch.cuda.is_available = lambda: {gpu}
 import litvit.openmmlab
 from litvit.openmmlab.mmcv_ops import provide_operators
@@ -302,10 +303,19 @@ print(provide_operators(), mmcv.ops.nms(torch.eye(4), torch.ones(4), 0.5)[1].tol
     assert sentence in done.stdout
 
 
+def test_the_benchmark_leaves_out_an_operator_without_stand_in(run_main):
+    if "own compiled" in mmcv_ops.provide_operators():
+        pytest.skip("mmcv was compiled")
+    outcome = run_main(benchmark, "dtm", "--batch-size", 1, "--repeats", 1, "--threads", 1)
+    assert outcome.status == 0, outcome.err
+    assert "torchvision / ours" in outcome.out
+    assert "mmcv / ours" not in outcome.out
+
+
 def test_importing_mmdet_first_is_one_line():
     program = """
 import sys, mmcv
-sys.modules["mmcv._ext"] = None  # as if not there
+sys.modules["mmcv._ext"] = None  # as if not installed
 from mmdet.apis import init_detector
 import litvit.openmmlab
 """

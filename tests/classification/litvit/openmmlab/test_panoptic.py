@@ -18,8 +18,8 @@ from mmseg.datasets import BaseSegDataset
 
 from litvit.demo_data import BACKGROUNDS, CLASSES, PALETTE, SEGMENTATION_CLASSES, SceneSettings, build
 from litvit.errors import InputError
+from litvit.openmmlab.errors import SampleError
 from litvit.openmmlab.panoptic import LoadCocoPanoptic
-from litvit.openmmlab.runner import SampleError
 
 DETECTION = SceneSettings("detection", train=4, val=3, image_size=96)
 PANOPTIC = {"classes": CLASSES + BACKGROUNDS, "thing_classes": CLASSES, "stuff_classes": BACKGROUNDS}
@@ -99,7 +99,7 @@ def test_mmseg_reads_labels(tmp_path):
 
 
 def predictions(samples):
-    """The truth in the form of mmdet's panoptic heads, but for the first thing of each picture, which is void."""
+    """The truth in the form of mmdet's panoptic heads, but for the first thing of each image, which is void."""
     for sample in samples:
         labels = torch.from_numpy(sample["gt_seg_map"])
         for number, mask in enumerate(sample["gt_masks"].masks, start=1):
@@ -121,7 +121,7 @@ def panoptic_metric(coco, classes=PANOPTIC["classes"]):
 
 
 def evaluate_a_share(rank, world_size, coco, out):
-    """Evaluate every `world_size`-th picture; the last process of several gets one again, as samplers do."""
+    """Evaluate every `world_size`-th image; the last process of several gets one again, as samplers do."""
     os.chdir(out)  # mmengine gathers results in files there
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{out}/meeting", rank=rank, world_size=world_size)
@@ -158,7 +158,7 @@ def test_classes_of_another_data_set(coco):
         metric.process({}, [])
 
 
-def test_a_broken_annotation_is_told_by_the_process_that_reads_it(coco, tmp_path):
+def test_a_broken_annotation_is_reported_by_the_process_that_reads_it(coco, tmp_path):
     truth = shutil.copytree(coco / "annotations", tmp_path / "annotations")
     sample = panoptic_dataset(coco, "val")[0]
     file = truth / "panoptic_val2017" / Path(sample["seg_map_path"]).name

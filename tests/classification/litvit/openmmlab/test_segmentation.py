@@ -196,9 +196,9 @@ def head_entries(arch):
     else:
         # Resizing stands between the convolutions of a level.
         convs = {"0.0": 256, "1.0": 256, "2.0": 256, "2.2": 128, "3.0": 256, "3.2": 128, "3.4": 128}
-        sizes = {f"scale_heads.{place}.conv.weight": (128, width, 3, 3) for place, width in convs.items()}
+        sizes = {f"scale_heads.{name}.conv.weight": (128, width, 3, 3) for name, width in convs.items()}
         sizes |= {"conv_seg.weight": (150, 128, 1, 1), "conv_seg.bias": (150,)}
-        norms, neck = {f"scale_heads.{place}.bn": 128 for place in convs}, {}
+        norms, neck = {f"scale_heads.{name}.bn": 128 for name in convs}, {}
         for i, width in enumerate(widths):
             neck |= {f"lateral_convs.{i}.conv.weight": (256, width, 1, 1), f"lateral_convs.{i}.conv.bias": (256,)}
             neck |= {f"fpn_convs.{i}.conv.weight": (256, 256, 3, 3), f"fpn_convs.{i}.conv.bias": (256,)}

@@ -1,11 +1,11 @@
-"""Times and memory."""
+"""Interleaved timing and peak memory."""
 
 import time
 
 import pytest
 import torch
 
-from litvit.analysis.measuring import interleaved_medians, peak_memory
+from litvit.benchmarks.measuring import interleaved_medians, peak_memory
 
 
 def test_medians_are_of_calls_in_turn(monkeypatch):
@@ -30,7 +30,7 @@ def test_memory_of_a_cpu_is_not_counted():
 
 
 @pytest.mark.gpu
-def test_peak_memory_counts_what_was_there_and_what_came():
+def test_peak_memory_counts_what_was_allocated_before_too():
     device = torch.device("cuda")
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()  # blocks that are left may be larger than what is asked for

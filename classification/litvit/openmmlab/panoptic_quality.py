@@ -19,33 +19,33 @@ VOID = -1
 class PanopticQuality(detection.PanopticQuality):
     """PQ, SQ and RQ in percent, for all categories, for things and for stuff.
 
-    torchmetrics keeps the counts. They are taken here, because torchmetrics knows no crowds and also forgives what a
-    prediction leaves void, in the union and among the misses. COCO's rules:
+    torchmetrics stores the counts. They are computed here, because torchmetrics has no crowds, and ignores what a
+    prediction leaves void in the union and in the false negatives. COCO's rules:
 
     - Two segments of one category match if IoU > 0.5; pixels that are void in the ground truth are not in the union.
-    - An unmatched segment of the ground truth is a false negative, but a crowd, which never matches, is not.
+    - An unmatched segment of the ground truth is a false negative, except a crowd, which never matches.
     - An unmatched prediction is a false positive, unless more than half of it is void or crowd of its category.
 
     Args:
-        things: category ids of things.
-        stuffs: category ids of stuff.
-        kwargs: `torchmetrics.Metric`'s.
+        things: Category ids of things.
+        stuffs: Category ids of stuff.
+        kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, things: set[int], stuffs: set[int], **kwargs) -> None:
         super().__init__(things, stuffs, True, return_sq_and_rq=True, return_per_class=True, **kwargs)
 
     def update(self, preds: Tensor, target: Tensor, crowd: Tensor | None = None) -> None:
-        """Count images.
+        """Count the segments of images.
 
         Args:
-            preds: (B, H, W, 2) int, each pixel's category id and number of its segment, from 0. Pixels of an id that is
-                neither of things nor of stuff are void.
-            target: (B, H, W, 2) int, the same of the ground truth.
-            crowd: (B, H, W) bool, pixels of the ground truth's crowd segments; None: there are none.
+            preds: Predictions (B, H, W, 2) int: each pixel's category id and the number of its segment, from 0. Pixels
+                with an id that is neither of things nor of stuff are void.
+            target: Ground truth (B, H, W, 2) int, in the same form.
+            crowd: Mask (B, H, W) bool of the ground truth's crowd segments; None for no crowds.
 
         Raises:
-            InputError: predictions and ground truth differ in size.
+            InputError: Predictions and ground truth differ in size.
         """
         if preds.shape != target.shape:
             sizes = " x ".join(map(str, preds.shape[1:3])), " x ".join(map(str, target.shape[1:3]))
@@ -71,9 +71,9 @@ class PanopticQuality(detection.PanopticQuality):
         ignored = void + (overlap * (same & is_crowd[:, None])).sum(0)
         wrong = (category >= 0) & ~match.any(0) & (2 * ignored <= area)
 
-        places, C = match.nonzero(as_tuple=True), len(self.iou_sum)
-        matched = true_category[places[0]]
-        self.iou_sum += torch.bincount(matched, overlap[places].double() / union[places], minlength=C)
+        pairs, C = match.nonzero(as_tuple=True), len(self.iou_sum)
+        matched = true_category[pairs[0]]
+        self.iou_sum += torch.bincount(matched, overlap[pairs].double() / union[pairs], minlength=C)
         self.true_positives += torch.bincount(matched, minlength=C)
         self.false_positives += torch.bincount(category[wrong], minlength=C)
         self.false_negatives += torch.bincount(true_category[missed], minlength=C)
@@ -89,7 +89,7 @@ class PanopticQuality(detection.PanopticQuality):
     def compute(self) -> dict[str, Tensor]:
         """Return PQ, SQ, RQ, with _th for things and _st for stuff, in percent.
 
-        A mean is over the categories of which there is any segment, predicted or true; of none at all it is NaN.
+        A mean is over the categories with at least one segment, predicted or true; without any it is NaN.
         """
         per_category = 100 * super().compute()
         seen = self.true_positives + self.false_positives + self.false_negatives > 0
@@ -105,14 +105,14 @@ class PanopticQuality(detection.PanopticQuality):
 class CocoPanoptic:
     """Ground truth in COCO's panoptic layout.
 
-    `categories` maps names to category ids in the file's order, `things` and `stuffs` are the sets of ids.
+    `categories` maps names to category ids in the file's order; `things` and `stuffs` are sets of ids.
 
     Args:
         ann_file: JSON file, such as annotations/panoptic_val2017.json.
-        folder: of its PNGs, such as annotations/panoptic_val2017.
+        folder: Folder of its PNG files, such as annotations/panoptic_val2017.
 
     Raises:
-        InputError: the file cannot be read, or is of another kind.
+        InputError: The file cannot be read, or is not a COCO panoptic file.
     """
 
     def __init__(self, ann_file: str | os.PathLike, folder: str | os.PathLike) -> None:
@@ -122,45 +122,48 @@ class CocoPanoptic:
             self.categories = {category["name"]: category["id"] for category in content["categories"]}
             self.things = {category["id"] for category in content["categories"] if category["isthing"]}
             self.stuffs = set(self.categories.values()) - self.things
-            self._pictures = {
-                picture["image_id"]: (picture["file_name"], {part["id"]: part for part in picture["segments_info"]})
-                for picture in content["annotations"]
+            self._images = {
+                image["image_id"]: (image["file_name"], {part["id"]: part for part in image["segments_info"]})
+                for image in content["annotations"]
             }
         except OSError as error:
-            raise InputError(f"cannot read '{ann_file}': {error.strerror}") from None
+            raise InputError(f"cannot read '{ann_file}': {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"'{ann_file}' is no COCO panoptic file ({error}): name one like annotations/panoptic_val2017.json"
-            ) from None
+            ) from error
 
     def target(self, image_id: int) -> tuple[Tensor, Tensor]:
-        """Read a picture's segments.
+        """Read the segments of an image.
+
+        Args:
+            image_id: Id of the image in the JSON file.
 
         Returns:
-            `target` (H, W, 2) and `crowd` (H, W) as `PanopticQuality.update` takes them, with a batch dimension more.
+            `target` (H, W, 2) and `crowd` (H, W) for `PanopticQuality.update`, without its batch dimension.
 
         Raises:
-            InputError: no such picture, or its PNG is not there, broken or of other segments.
+            InputError: The file has no such image, or its PNG file is missing, broken or has other segments.
         """
-        if image_id not in self._pictures:
+        if image_id not in self._images:
             raise InputError(f"'{self.ann_file}' has no image {image_id}: evaluate the images that it annotates")
-        name, segments = self._pictures[image_id]
+        name, segments = self._images[image_id]
         try:
             with Image.open(self.folder / name) as png:
                 ids = segment_ids(np.asarray(png.convert("RGB")))
         except OSError as error:
-            raise InputError(f"cannot read '{self.folder / name}': {error.strerror or error}") from None
-        numbers, place = torch.unique(torch.from_numpy(ids), return_inverse=True)
+            raise InputError(f"cannot read '{self.folder / name}': {error.strerror or error}") from error
+        ids_present, index = torch.unique(torch.from_numpy(ids), return_inverse=True)
         void = {0: {"category_id": VOID, "iscrowd": 0}}
         try:
-            parts = [(void | segments)[number] for number in numbers.tolist()]
+            parts = [(void | segments)[number] for number in ids_present.tolist()]
         except KeyError as error:
-            raise InputError(f"'{self.folder / name}' has a segment {error} that '{self.ann_file}' lacks") from None
+            raise InputError(f"'{self.folder / name}' has a segment {error} that '{self.ann_file}' lacks") from error
         category = torch.tensor([part["category_id"] for part in parts])
         crowd = torch.tensor([bool(part["iscrowd"]) for part in parts])
-        return torch.stack((category[place], place), dim=-1), crowd[place]
+        return torch.stack((category[index], index), dim=-1), crowd[index]
 
 
 def segment_ids(image: np.ndarray) -> np.ndarray:
-    """Return the (H, W) segment ids that COCO writes as (H, W, 3) colours, R + 256 G + 256^2 B, as int32; 0 is void."""
+    """Return the (H, W) int32 segment ids, R + 256 G + 256^2 B, of COCO's (H, W, 3) colours; 0 is void."""
     return image.astype(np.int32) @ np.array([1, 256, 256**2], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Time and memory of what is compared, in one process, and the words that say where."""
+"""Interleaved timing, peak memory, and a description of the machine."""
 
 import contextlib
 import math
@@ -16,24 +16,25 @@ import torchvision
 from tqdm import tqdm
 
 Call = Callable[[], object]
-SHORT_SECONDS = 0.02  # short calls are repeated back to back for as long
+SHORT_SECONDS = 0.02  # shorter calls are repeated back to back until this time has passed
 SLEEP_CYCLES = 50_000_000
 WARM_UP = 3  # torch.compile's CUDA graphs are recorded in the second call
 
 
 def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, float]:
-    """Time calls in turn, `repeats` rounds after a warm-up, so that a machine that slows down slows all.
+    """Time calls in turn, `repeats` rounds after a warm-up, so that a slowdown of the machine affects all equally.
 
     Args:
-        calls: by name. In each round a short one is repeated back to back, for 20 ms or 20 times, and its mean counts.
-        repeats: rounds.
-        device: where the calls run.
+        calls: Calls by name. In each round a short one is repeated back to back, for 20 ms or 20 times, and its mean
+            counts.
+        repeats: Number of rounds.
+        device: Device on which the calls run.
 
     Returns:
-        Median seconds a call.
+        Median seconds per call.
     """
     times = {}
-    progress = {"leave": False, "disable": None}  # on a terminal alone
+    progress = {"leave": False, "disable": None}  # on a terminal only
     for name, call in tqdm(calls.items(), desc="warm-up", **progress):
         for _ in range(WARM_UP if device.type == "cuda" else 1):
             _seconds(call, 1, device)
@@ -53,7 +54,7 @@ def _seconds(call: Call, times: int, device: torch.device) -> float:
         return (time.perf_counter() - start) / times
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The GPU sleeps while kernels are launched, as far as its queue reaches: its time counts, not the CPU's.
+        # The GPU sleeps while the CPU fills its queue with kernels, so that its own time is measured, not the CPU's.
         torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         for _ in range(times):
@@ -64,26 +65,27 @@ def _seconds(call: Call, times: int, device: torch.device) -> float:
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Measure the most bytes that tensors take up on a GPU while `call` runs, those that were there before included.
+    """Measure the most bytes that tensors take up on a GPU while `call` runs, including those allocated before.
 
     Args:
-        call: run twice: what it leaves behind the first time (an optimizer's state) belongs to it.
-        device: where it runs.
+        call: Function to measure. It runs twice, because what it leaves behind the first time (such as an optimizer's
+            state) belongs to it.
+        device: Device on which it runs.
 
     Returns:
-        Bytes; None for other devices, whose allocators do not count.
+        Number of bytes; None for other devices, whose allocators do not count.
     """
     if device.type != "cuda":
         return None
     call()
-    torch._C._cuda_clearCublasWorkspaces()  # which others left behind
+    torch._C._cuda_clearCublasWorkspaces()  # left behind by other calls
     torch.cuda.reset_peak_memory_stats(device)
     call()
     return torch.cuda.max_memory_allocated(device)
 
 
 def machine(device: torch.device) -> str:
-    """Name the processor, the versions and the commit that figures belong to."""
+    """Return the processor, the versions and the commit that figures belong to, in one line."""
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
@@ -100,14 +102,14 @@ def _cpu_name() -> str:
         processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
         known = dict(re.findall(r"^(\S.*?)\s*: *(.*)$", processor, re.MULTILINE))
         if "model name" in known:
-            # Virtual machines name processors of all generations alike.
+            # Virtual machines give processors of all generations the same name.
             generation = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
             return known["model name"] + generation
     return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """The commit of this code, with -dirty behind it where files differ; None outside a checkout."""
+    """Return the commit of this code, followed by -dirty if files differ from it; None outside a checkout."""
     classification, checkout = Path(__file__).parents[2:4]
     if classification.name != "classification" or not (checkout / ".git").exists():
         return None  # installed, perhaps in the checkout of something else

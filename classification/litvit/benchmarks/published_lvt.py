@@ -1,4 +1,4 @@
-"""LVT's published arithmetic, written down operation by operation: the reference of `lvt`, in values and in speed.
+"""LVT's published arithmetic, operation by operation: the reference for `lvt`, in values and in speed.
 
 Importing it registers `published_lvt` with timm. Channels come first in convolutions and last elsewhere, with the
 permutations that this takes; position 9 C projections are a grouped convolution; attention is written out. Its state
@@ -180,5 +180,5 @@ class PublishedLVT(nn.Module):
 
 @register_model
 def published_lvt(pretrained=False, **kwargs):
-    """LVT as published, 224 x 224; without timm's doors."""
+    """LVT as published, 224 x 224; without timm's further functions."""
     return PublishedLVT(kwargs.get("num_classes") or 1000)

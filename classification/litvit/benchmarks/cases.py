@@ -1,17 +1,16 @@
-"""What benchmark.py compares on a CPU or a GPU: merging, attention, classifiers and dense backbones.
+"""The cases of benchmark.py on a CPU or a GPU: merging, attention, classifiers and dense backbones.
 
-Every function takes the door's flags and returns rows of figures: milliseconds, images/s, bytes. Memory is measured on
-a GPU, of one thing at a time, and is None elsewhere.
+Every function takes the flags of its subcommand and returns rows of figures: milliseconds, images/s, bytes. Memory is
+measured on a GPU, one model or call at a time, and is None on other devices.
 """
 
 import argparse
 import contextlib
+import importlib
 import os
-import runpy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
@@ -22,18 +21,17 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from litvit import cli
-from litvit.analysis.macs import count_macs
-from litvit.analysis.measuring import interleaved_medians, peak_memory
 from litvit.attention import PATHS, choose_path, relative_attention
+from litvit.benchmarks.macs import count_macs
+from litvit.benchmarks.measuring import interleaved_medians, peak_memory
 from litvit.dtm import deform_conv_tokens
 from litvit.errors import InputError
 from litvit.models.lit import Attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-PUBLISHED_LVT = Path(__file__).parents[3] / "tests/classification/litvit/models/published_lvt.py"
 
-# LIT, Table 1: images/s, training and test memory in MB; an RTX 3090, batch 64. The paper's PVT-S is not in timm:
-# PVTv2-B2 stands for it, of as many parameters and multiply-adds.
+# LIT, Table 1: images/s, training and test memory in MB, on an RTX 3090, batch 64. The paper's PVT-S is not in timm:
+# PVTv2-B2 stands for it, with about the same numbers of parameters and multiply-adds.
 PUBLISHED = {
     "lit_ti": (1294, 5868, 1194),
     "lit_s": (1298, 5973, 1264),
@@ -81,23 +79,26 @@ def _merges(device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
         return merges
     merges["torchvision"] = _torchvision_merge
     with contextlib.suppress(ImportError):
+        from mmcv import _ext
         from mmcv.ops import deform_conv2d, get_compiling_cuda_version
 
-        if device.type == "cpu" or get_compiling_cuda_version() != "not available":
+        # litvit.openmmlab makes mmcv.ops importable where this operator was not compiled.
+        is_compiled = "deform_conv_forward" in dir(_ext)
+        if is_compiled and (device.type == "cpu" or get_compiling_cuda_version() != "not available"):
             merges["mmcv"] = partial(_mmcv_merge, deform_conv2d)
     return merges
 
 
 def benchmark_dtm(args: argparse.Namespace) -> list[dict]:
-    """Time the three merges of a model beside torchvision's op, mmcv's where it is installed, and a linear merge.
+    """Time the three merges of a model, torchvision's operator, mmcv's where it is installed, and a linear merge.
 
-    In bfloat16, which they lack, the ops of others get float16 on a GPU, and are left out on a CPU.
+    The operators of torchvision and mmcv lack bfloat16. Instead they get float16 on a GPU, and are left out on a CPU.
 
     Args:
-        args: model, batch_size, device, dtype, repeats.
+        args: Flags model, batch_size, device, dtype, repeats.
 
     Returns:
-        A row a shape, and one for their sum: milliseconds by pass and merge.
+        One row per shape, and one for their sum: milliseconds by pass and merge.
     """
     device, dtype = args.device, DTYPES[args.dtype]
     merges = _merges(device, dtype)
@@ -147,11 +148,11 @@ def benchmark_attention(args: argparse.Namespace) -> list[dict]:
     """Measure attention with a relative position bias, by the path that is chosen and by those that write the bias out.
 
     Args:
-        args: model, inputs, device, dtype, repeats.
+        args: Flags model, inputs, device, dtype, repeats.
 
     Returns:
-        A row an input, stage and pass: the path that is chosen, milliseconds and peak bytes by path, queries, keys and
-        values included.
+        One row per input, stage and pass: the path that is chosen, and milliseconds and peak bytes by path. The bytes
+        include queries, keys and values.
     """
     rows = []
     for batch, height, width in args.inputs:
@@ -181,7 +182,7 @@ def benchmark_attention(args: argparse.Namespace) -> list[dict]:
 def _attention_calls(
     attention: nn.Module, batch: int, grid: tuple[int, int], args: argparse.Namespace
 ) -> dict[str, tuple[str, dict[str, Callable[[], None]]]]:
-    """By pass: the path that is chosen, and calls by path."""
+    """Return for each pass the path that is chosen, and the calls by path."""
     (h, w), heads = grid, attention.num_heads
     dim = attention.proj.in_features // heads
     like = {"device": args.device, "dtype": DTYPES[args.dtype]}
@@ -210,7 +211,7 @@ def _attention_calls(
 
 
 def _padded(side: int) -> int:
-    """Detectors pad images to a multiple of 32."""
+    """Round up to a multiple of 32, to which detectors pad images."""
     return (side + 31) // 32 * 32
 
 
@@ -218,8 +219,11 @@ class Classifier:
     """A model of timm's registry as it is measured: without stochastic depth, a convolutional network channels-last.
 
     Args:
-        name: of the model.
-        args: batch_size, device, dtype, amp_dtype, compile.
+        name: Name of the model.
+        args: Flags batch_size, device, dtype, amp_dtype, compile.
+
+    Raises:
+        InputError: The model does not classify images of 224 x 224.
     """
 
     def __init__(self, name: str, args: argparse.Namespace):
@@ -228,7 +232,7 @@ class Classifier:
             model = _without_stochastic_depth(timm.create_model(name, num_classes=CLASSES))
             self.macs = count_macs(model)
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise InputError(f"{name} is no classifier of images of 224 x 224: {error}") from None
+            raise InputError(f"{name} is no classifier of images of 224 x 224: {error}") from error
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         layout = torch.channels_last if is_convolutional(model) else torch.preserve_format
         self.model = model.to(dtype=DTYPES[args.dtype], memory_format=layout)
@@ -240,16 +244,16 @@ class Classifier:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def start_inference(self) -> None:
-        """Move to the device, in eval mode."""
+        """Move to the device and switch to eval mode."""
         self._move(self.device)
         self.model.eval()
 
     def start_training(self) -> None:
-        """Change to training mode, with a fresh optimizer."""
+        """Switch to training mode, with a new optimizer."""
         self.optimizer = torch.optim.AdamW(self.model.train().parameters(), lr=1e-4)
 
     def leave(self) -> None:
-        """Leave the device to others."""
+        """Free the device for other models."""
         self.optimizer = None
         self._move(torch.device("cpu"))
 
@@ -263,7 +267,7 @@ class Classifier:
             self.run(self.images)
 
     def train(self) -> None:
-        """Train a step: forward, backward, AdamW."""
+        """Train one step: forward, backward, AdamW."""
         with self.autocast():
             loss = F.cross_entropy(self.run(self.images).float(), self.target)
         loss.backward()
@@ -279,19 +283,27 @@ def _without_stochastic_depth(model: nn.Module) -> nn.Module:
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether most of a model's parameters belong to convolutions: it is then fastest channels-last."""
+    """Return whether most of a model's parameters belong to convolutions: it is then fastest channels-last."""
     total = sum(parameter.numel() for parameter in model.parameters())
     return 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)) > total
 
 
 def compiled(model: nn.Module, how: str | None) -> nn.Module:
-    """Compile a model with the backend or the mode of inductor that `how` names; None: leave it as it is."""
+    """Compile a model.
+
+    Args:
+        model: Model to compile.
+        how: Name of a backend or of a mode of inductor; None returns the model as it is.
+
+    Raises:
+        InputError: Torch has no such backend, and inductor no such mode.
+    """
     if how is None:
         return model
     is_mode = how in torch._inductor.list_mode_options()
     if not is_mode and how not in torch.compiler.list_backends(exclude_tags=()):
         raise InputError(f"--compile {how}: torch has no such backend, and inductor no such mode")
-    # The variants of a model share code, each of them compiled for inference and for training.
+    # The variants of a model share code, and each is compiled for inference and for training.
     torch._dynamo.config.cache_size_limit = 64
     return torch.compile(model, dynamic=False, **{"mode" if is_mode else "backend": how})
 
@@ -306,14 +318,14 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
     """Measure classifiers at 224 x 224, in inference and in training steps (forward, backward, AdamW).
 
     Args:
-        args: models, batch_size, device, dtype, amp_dtype, compile, repeats.
+        args: Flags models, batch_size, device, dtype, amp_dtype, compile, repeats.
 
     Returns:
-        A row a model: parameters, multiply-adds, images/s, bytes, with weights, gradients and optimizer.
+        One row per model: parameters, multiply-adds, images/s, and bytes including weights, gradients and optimizer.
     """
     device = args.device
-    if PUBLISHED_LVT.stem in args.models:
-        runpy.run_path(str(PUBLISHED_LVT), run_name=PUBLISHED_LVT.stem)
+    if "published_lvt" in args.models:
+        importlib.import_module("litvit.benchmarks.published_lvt")  # registers it
     models = {name: Classifier(name, args) for name in map(cli.model_name, args.models)}
     rows = {name: {"model": name, "parameters": model.parameters, "macs": model.macs} for name, model in models.items()}
     for name, model in models.items():
@@ -335,10 +347,10 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
 
 
 def benchmark_table1(args: argparse.Namespace) -> list[dict]:
-    """Measure the models of LIT's Table 1, and LVT: `benchmark_models`, and ratios beside the published ones.
+    """Measure the models of LIT's Table 1, and LVT, with their measured and published ratios.
 
     Returns:
-        Its rows, with `ratios` and `published_ratios` to the counterpart where that is measured too.
+        Rows of `benchmark_models`, with `ratios` and `published_ratios` to the counterpart where that is measured too.
     """
     rows = benchmark_models(args)
     by_name = {row["model"]: row for row in rows}
@@ -355,13 +367,13 @@ def benchmark_table1(args: argparse.Namespace) -> list[dict]:
 
 
 def benchmark_dense(args: argparse.Namespace) -> list[dict]:
-    """Measure backbones with the maps of all stages, forward + backward in training mode.
+    """Measure backbones with the maps of all stages, forward and backward in training mode.
 
     Args:
-        args: models (`NAME:PATH` forces a path of attention), inputs, device, dtype, amp_dtype, repeats.
+        args: Flags models (`NAME:PATH` forces a path of attention), inputs, device, dtype, amp_dtype, repeats.
 
     Returns:
-        A row an input and model: milliseconds, and bytes with weights and gradients.
+        One row per input and model: milliseconds, and bytes including weights and gradients.
     """
     device, rows = args.device, []
     for batch, *size in args.inputs:
@@ -401,7 +413,7 @@ def _backbone(spec: str, size: tuple[int, int], args: argparse.Namespace) -> nn.
     try:
         model = timm.create_model(name, features_only=True, **({"img_size": size} if fixed else {}))
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise InputError(f"{name} is no backbone for images of {size[0]} x {size[1]}: {error}") from None
+        raise InputError(f"{name} is no backbone for images of {size[0]} x {size[1]}: {error}") from error
     if path and not any(
         isinstance(m, Attention) and m.relative_position_bias_table is not None for m in model.modules()
     ):

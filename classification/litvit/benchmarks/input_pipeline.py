@@ -1,4 +1,4 @@
-"""How many images a second one core reads and augments, and where its time goes."""
+"""Speed of the input pipeline: images per second that one core reads and augments, and the time of each step."""
 
 import argparse
 import random
@@ -31,10 +31,10 @@ def write_photos(folder: Path, number: int, size: tuple[int, int], seed: int = 0
     They are random parts of scikit-learn's two sample photographs.
 
     Args:
-        folder: where they go.
-        number: of files.
-        size: width and height in pixels.
-        seed: which parts.
+        folder: Folder for the files.
+        number: Number of files.
+        size: Width and height in pixels.
+        seed: Seed that chooses the parts.
     """
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     rng = np.random.default_rng(seed)
@@ -52,11 +52,14 @@ def benchmark_data(args: argparse.Namespace) -> list[dict]:
     """Measure a recipe's input pipeline on one core: JPEG files to batches of uint8, which the device normalises.
 
     Args:
-        args: model (whose recipe), image_size, images, repeats.
+        args: Flags model (the one with the recipe), image_size, images, repeats.
 
     Returns:
-        A row a pipeline (training, evaluation) and step: milliseconds of processor time an image, medians of `repeats`
-        rounds. "all" is the loader as it is used, "rest" what the steps leave of it.
+        One row per pipeline (training, evaluation) and step: milliseconds of processor time per image, medians of
+        `repeats` rounds. "all" is the loader as it is used, "rest" is its time without the other steps.
+
+    Raises:
+        InputError: An odd number of images, or a model without recipe.
     """
     if args.images % 2:
         raise InputError(f"--images must be even, as mixup pairs the images of a batch, not {args.images}")
@@ -78,11 +81,11 @@ def benchmark_data(args: argparse.Namespace) -> list[dict]:
         return [
             {"pipeline": name, "step": step, "milliseconds": 1000 * seconds}
             for name, loader in loaders.items()
-            for step, seconds in _seconds_an_image(loader.loader, args.repeats).items()
+            for step, seconds in _seconds_per_image(loader.loader, args.repeats).items()
         ]
 
 
-def _seconds_an_image(loader: DataLoader, repeats: int) -> dict[str, float]:
+def _seconds_per_image(loader: DataLoader, repeats: int) -> dict[str, float]:
     rounds = []
     for _ in range(repeats + 1):
         seconds = Counter()
@@ -97,7 +100,7 @@ def _seconds_an_image(loader: DataLoader, repeats: int) -> dict[str, float]:
 
 
 def _timed(seconds: Counter, name: str, step: Callable, *args: object) -> Any:
-    start = time.thread_time()  # of this thread alone: other work on the machine does not count
+    start = time.thread_time()  # time of this thread only, without other work on the machine
     result = step(*args)
     seconds[name] += time.thread_time() - start
     return result

@@ -1,4 +1,4 @@
-"""Multiply-adds of a model."""
+"""Number of multiply-adds of a model."""
 
 import copy
 
@@ -15,15 +15,15 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224) -> int:
     Norms, activations, softmax and bilinear reading are left out, as is usual.
 
     Args:
-        model: a classifier or backbone; it is neither run nor changed (a copy without numbers is).
-        img_size: image size in pixels, an int or (H, W).
+        model: Classifier or backbone. It is neither run nor changed; a copy on the meta device is run.
+        img_size: Image size in pixels, an int or (H, W).
 
     Returns:
-        Multiply-adds, half of what is called FLOPs elsewhere.
+        Number of multiply-adds, half of what is often called FLOPs.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     image = torch.empty(1, getattr(model, "in_chans", 3), *to_2tuple(img_size), device="meta")
-    # Attention written out in matrix products is counted the same on every machine.
+    # Attention as matrix products is counted the same on every machine.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         shadow(image)
     return counter.get_total_flops() // 2

@@ -4,7 +4,7 @@ import statistics
 
 from PIL import Image
 
-from litvit.analysis.input_pipeline import write_photos
+from litvit.benchmarks.input_pipeline import write_photos
 
 
 def test_photos_are_as_large_as_imagenets(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from litvit.analysis.panoptic import VOID, CocoPanoptic, PanopticQuality, segment_ids
 from litvit.errors import InputError
+from litvit.openmmlab.panoptic_quality import VOID, CocoPanoptic, PanopticQuality, segment_ids
 
 THINGS, STUFFS = {1, 2}, {3, 4}
 
@@ -146,7 +146,7 @@ def test_colours_are_ids():
 
 @pytest.fixture
 def coco(tmp_path):
-    """A picture of 2 x 3 pixels: a thing, a crowd and void."""
+    """An image of 2 x 3 pixels: a thing, a crowd and void."""
     parts = [{"id": 300, "category_id": 1, "iscrowd": 0}, {"id": 70000, "category_id": 2, "iscrowd": 1}]
     content = {
         "categories": [{"id": i, "name": f"c{i}", "isthing": int(i in THINGS)} for i in sorted(THINGS | STUFFS)],
