@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-setup: ## make the environment with everything (three minutes or so the first time)
+setup: ## make the environment with everything
 	@./setup_env.sh
 
 demo: ## train, validate and plot a small LIT on real digits (classification only)
@@ -30,15 +30,20 @@ demo-segmentation: setup ## train a small Semantic FPN on drawn scenes, measure 
 test: setup ## run all tests; ARGS="tests/classification -k dtm" runs some
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-lint: ## check style: ruff check and ruff format
+# Written by mdformat, see .mdformat.toml: lines of 100 columns.
+PAGES = README.md CONTRIBUTING.md CHANGELOG.md docs detection/README.md segmentation/README.md
+
+lint: ## check style: ruff check, ruff format, mdformat
 	@./setup_env.sh --core
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mdformat --check $(PAGES)
 
-format: ## rewrite the code in the house format
+format: ## rewrite the code and the pages in the house format
 	@./setup_env.sh --core
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m mdformat $(PAGES)
 
 bench: ## print the speed tables of this machine
 	@./setup_env.sh --core

@@ -8,12 +8,12 @@ usage: setup_env.sh [DIR] [--core]
 
 Makes a virtual environment with the versions that constraints.txt pins, and installs the project into it, editable.
 Nothing is compiled. Running it again is quick; what is out of date is brought up to date, and an environment whose set-up
-was interrupted is made anew.
+was interrupted is made again.
 
-  DIR       the environment's folder (default: LIT_VENV, else .venv beside this script)
-  --core    classification only (default: detection and segmentation too); two minutes or three either way
+  DIR       the environment's folder (default: LIT_VENV, else .venv next to this script)
+  --core    classification only (default: detection and segmentation too)
 
-  LIT_PYTHON names the Python to make it with, 3.10 to 3.14 (default: python3, else python3.13 ... python3.10)
+  LIT_PYTHON names the Python of the environment, 3.10 to 3.14 (default: python3, else python3.13 ... python3.10)
 HELP
 }
 
@@ -38,8 +38,8 @@ done
 ((${#folders[@]} < 2)) || status=2 die "one folder at most, got '${folders[0]}' and '${folders[1]}'"
 venv=$(realpath -ms "${folders[0]:-${LIT_VENV:-$root/.venv}}")
 python=$venv/bin/python
-log=$venv/lit-setup.log     # there as soon as this script has begun to make the environment
-stamp=$venv/lit-setup.txt   # there when it is complete: for which checkout, and what is in it
+log=$venv/lit-setup.log     # exists as soon as this script has begun to make the environment
+stamp=$venv/lit-setup.txt   # exists when the environment is complete: for which checkout, and what is in it
 
 # Prints the interpreter behind $1, a virtual environment's Python included; fails if the pins do not fit it.
 base_python() {
@@ -67,15 +67,16 @@ is_ready() {
 
 # step TEXT COMMAND...: runs a slow command with its output in the log, and prints a line every 30 s.
 step() {
-    local text=$1 status=0
+    local text=$1 result=0
     shift
     say "$text"
     (for ((seconds = 30; ; seconds += 30)); do sleep 30 >/dev/null 2>&1; say "  $seconds s"; done) &
     ticker=$!
     trap 'kill "$ticker" 2>/dev/null' EXIT
-    "$@" >>"$log" 2>&1 || status=$?
+    "$@" >>"$log" 2>&1 || result=$?
     kill "$ticker"
-    ((status)) || return 0
+    trap - EXIT
+    ((result)) || return 0
     tail -n 20 "$log" >&2
     die "failed: $text; the whole log is $log"
 }
@@ -87,15 +88,16 @@ if is_ready; then
     exit 0
 fi
 if [[ -e $venv && ! -e $log && -n $(ls -A "$venv" 2>/dev/null || echo file) ]]; then
-    die "$venv is no environment of this script's; remove it, or name another folder"
+    die "$venv is not an environment that this script made; remove it, or name another folder"
 fi
-if [[ ! -e $stamp ]] || ! base_python "$python" >/dev/null; then  # none yet, or not whole
+# None yet, one whose set-up was interrupted, one that was moved, or one whose Python is gone.
+if [[ $(cat "$stamp" 2>/dev/null) != "$venv of $root: "* ]] || ! base_python "$python" >/dev/null; then
     base=$(find_python)
     "$base" -I -c 'import ensurepip, venv' 2>/dev/null ||
         die "$base has no venv module; install Debian's python3-venv or the like"
     say "making $venv with $("$base" --version)"
-    rm -rf "$venv"
     mkdir -p "$venv" 2>/dev/null && : >"$log" || die "cannot write to $venv"
+    find "$venv/" -mindepth 1 -maxdepth 1 ! -name lit-setup.log -exec rm -rf {} +
     "$base" -I -m venv "$venv" || die "could not make $venv with $base"
 fi
 rm -f "$stamp"
@@ -110,7 +112,7 @@ needs="torch, torchvision, timm, sklearn, yaml, safetensors, tensorboard, tqdm"
 if [[ $mode == full ]]; then
     # mmcv's set-up compiles its operators where it sees torch. pip's isolated builds do not see it; its cache may hold
     # a compiled one from elsewhere.
-    step "mmcv" pip install --no-cache-dir --no-deps "$(grep '^onedl-mmcv==' "$pins")"
+    step "mmcv" pip install --no-cache-dir --build-constraint "$pins" --no-deps "$(grep '^onedl-mmcv==' "$pins")"
     step "detection and segmentation" pip install --no-deps --no-build-isolation -r "$pins"
     needs+=", cv2, litvit.openmmlab, mmcv.ops, mmdet.apis, mmseg.apis, torchmetrics"
 fi

@@ -79,8 +79,8 @@ def _size(text: str) -> tuple[int, int]:
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: name cpu or cuda") from None
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: name cpu or cuda") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ON_A_GPU):
         raise argparse.ArgumentTypeError(f"there is no {text!r} here: try --device cpu")
     return device

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train with several processes: bash distributed_train.sh NUM_GPUS DATA_DIR --model lit_ti [flags of train.py]
 #
-# One process a GPU; where there is none, NUM_GPUS processes on the CPU (gloo).
+# One process per GPU; without a GPU, NUM_GPUS processes on the CPU (gloo).
 # Several nodes: run it on each, with NNODES, NODE_RANK (0 ...), MASTER_ADDR and MASTER_PORT (29500) set.
 # PYTHON names the interpreter; default: the active environment's, else the project's .venv.
-# The same command continues a run that was broken off (--resume auto). Workers that fail are started again, MAX_RESTARTS
-# (3) times. SIGTERM, SIGUSR1 and Ctrl-C save and exit with status 75.
+# The same command continues an interrupted run (--resume auto). Workers that fail are restarted, MAX_RESTARTS (3)
+# times. SIGTERM, SIGUSR1 and Ctrl-C save and exit with status 75.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -21,10 +21,7 @@ shift
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "the number of processes comes first, and '$processes' is none: distributed_train.sh 8 DATA_DIR --model lit_ti"
 [[ $# -ge 1 ]] || fail "which data? distributed_train.sh $processes DATA_DIR --model lit_ti"
 
-python=${PYTHON:-python3}
-if [[ -z ${PYTHON:-} && -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} && -x $here/../.venv/bin/python ]]; then
-    python=$here/../.venv/bin/python
-fi
+source "$here/tools/common.sh"
 
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
     fail "$python has no torch: make the project's environment with setup_env.sh, or name another Python with PYTHON"
@@ -37,10 +34,7 @@ else
     place=(--standalone)
 fi
 
-if [[ -z ${OMP_NUM_THREADS:-} ]]; then
-    threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
-    export OMP_NUM_THREADS=$((threads < 1 ? 1 : threads > 8 ? 8 : threads))
-fi
+share_cores "$processes"
 
 # The same command starts a run or continues it.
 if [[ " $* " != *" --resume "* && " $* " != *" --resume="* ]]; then
@@ -51,7 +45,7 @@ command -v pkill >/dev/null || fail "pkill, which passes signals on, is not ther
 stop=""
 trap 'stop=yes' TERM INT USR1
 
-# One process finds wrong input in one line; torchrun would bury it under every worker's.
+# One process reports wrong input in one line. From torchrun it would come once per worker.
 WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 "$python" "$here/train.py" "$@" --dry-run $((processes * nodes)) >/dev/null || {
     status=$?
     [[ -z $stop ]] || status=75
@@ -59,10 +53,11 @@ WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 "$python" "$here/train.py" "$@" --dry-run $((pr
 }
 [[ -z $stop ]] || exit 75
 
-# torchrun is kept out of the signals that the workers answer: they save, put their exit status here, and it ends with them.
+# Workers answer the signals, not torchrun: they save, put their exit status here, and torchrun ends with them
+# (litvit/processes.py draws the protocol).
 LITVIT_STATUS_FILE=$(mktemp)
 export LITVIT_STATUS_FILE PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
-# On one node, workers that are started again must not find the addresses of those before them in torchrun's own store.
+# On one node, restarted workers must not find the addresses of their predecessors in torchrun's own store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trap 'rm -f "$LITVIT_STATUS_FILE"' EXIT
 (
@@ -80,7 +75,7 @@ trap interrupt INT
 status=0
 while kill -0 "$torchrun" 2>/dev/null; do # a trapped signal ends the wait, not the run
     wait "$torchrun" && status=0 || status=$?
-    while [[ -n $stop ]] && kill -0 "$torchrun" 2>/dev/null; do # again and again: workers that start up do not listen yet
+    while [[ -n $stop ]] && kill -0 "$torchrun" 2>/dev/null; do # repeated: workers that start up do not listen yet
         pkill -TERM -P "$torchrun" || true
         sleep 1
     done

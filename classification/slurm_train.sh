@@ -2,7 +2,7 @@
 # Train under Slurm: sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 slurm_train.sh DATA_DIR --model lit_b [flags of train.py]
 #
 # Two minutes before the time limit, or when the job is preempted, the run saves and the job queues itself again; it
-# continues where it was. One task a node, which starts a process a GPU. --output must be a folder that all nodes share.
+# continues where it was. One task per node, which starts one process per GPU. All nodes must share the folder of --output.
 #SBATCH --job-name=lit
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=64

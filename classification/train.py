@@ -8,13 +8,13 @@ from collections.abc import Sequence
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from litvit.cli import run
-from litvit.training.loop import Training
-from litvit.training.recipe import parse_settings
+from litvit.training.recipe import parse_config
+from litvit.training.trainer import build_trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit status, see docs/reliability.md."""
-    return Training(parse_settings(argv)).run()
+    return build_trainer(parse_config(argv)).run()
 
 
 if __name__ == "__main__":

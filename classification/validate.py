@@ -13,27 +13,28 @@ import torch
 from timm.data import RealLabelsImagenet
 
 from litvit.checkpoints import load_weights
-from litvit.cli import ArgumentParser, model_name, run
+from litvit.cli import ArgumentParser, run
+from litvit.data.loader import eval_loader
+from litvit.data.readers import DataConfig, class_names, open_for_evaluation, train_classes
 from litvit.errors import InputError
 from litvit.memory import keep_freed_memory
-from litvit.training.data import class_names, open_for_evaluation, train_classes
+from litvit.processes import choose_device
+from litvit.runs.folder import replace_file
+from litvit.settings import take
 from litvit.training.evaluate import evaluate
-from litvit.training.loaders import eval_loader
-from litvit.training.model import autocast_context, build_model, choose_device, data_settings
-from litvit.training.recipe import (
-    NOT_NEGATIVE,
-    POSITIVE,
+from litvit.training.flags import (
+    TRACEBACK_HELP,
     HelpFormatter,
     add_data_flags,
     add_model_flags,
     add_precision_flags,
-    check_range,
+    parse_with_checkpoint,
 )
-from litvit.training.state import read_description, replace_file
+from litvit.training.model import ModelConfig, PrecisionConfig, build_model, data_settings
 
 
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; what it leaves open comes from the checkpoint's own description, if it has one."""
+    """Read the command line. What it leaves open comes from the checkpoint's own description, if it has one."""
     parser = ArgumentParser(
         prog="validate.py",
         usage="%(prog)s DATA_DIR --model NAME --checkpoint FILE [flags]",
@@ -45,72 +46,62 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("data_dir", metavar="DATA_DIR", help="folder with val/ (or a folder of classes itself, as ImageNet-V2's)")
     add("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pth, last.pth of a run")
-    add("--results-file", metavar="FILE", help="write the result here, as JSON")
-    add("--real-labels", nargs="?", const="", metavar="FILE", help="also count by ImageNet-Real's labels (timm's copy)")
-    add("--device", metavar="NAME", help="cuda, cpu ... (cuda where there is one)")
+    add("--results-file", metavar="FILE", help="file for the result, as JSON")
+    add("--real-labels", nargs="?", const="", metavar="FILE", help="count by ImageNet-Real's labels too (timm's copy)")
+    add("--device", metavar="NAME", help="cuda, cpu ... (cuda if available)")
+    add("--traceback", action="store_true", help=TRACEBACK_HELP)
     add("--no-test-pool", action="store_true", help="accepted for old commands: there is no test-time pooling here")
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_precision_flags(parser)
-    description = read_description(parser.parse_args(argv).checkpoint)
-    known = ("model", "img_size", "in_chans", "num_classes", "mean", "std", "interpolation", "crop_pct")
-    defaults = {name: description[name] for name in known if name in description}
-    parser.set_defaults(**defaults, model_kwargs=list(description.get("model_kwargs", {}).items()))
-    settings = parser.parse_args(argv)
-    if settings.model is None:
-        if not Path(settings.checkpoint).is_file():
-            raise InputError(f"no checkpoint at {settings.checkpoint}")
-        raise InputError("which model? --model NAME")
-    model_name(settings.model)
-    settings.model_kwargs = dict(settings.model_kwargs)
-    settings.val_batch_size, settings.seed, settings.classes = None, 0, description.get("classes")
-    check_range(settings, POSITIVE, 1, None)
-    check_range(settings, NOT_NEGATIVE, 0, None)
+    add_data_flags(parser, training=False)
+    add_model_flags(parser, training=False)
+    add_precision_flags(parser, training=False)
+    settings = parse_with_checkpoint(parser, argv)
     results = Path(settings.results_file or "result.json")
     if not results.parent.is_dir() or results.is_dir():
-        raise InputError(f"--results-file {results}: name a file in a folder that is there")
+        raise InputError(f"--results-file {results}: name a file in an existing folder")
     return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     settings = parse_settings(argv)
+    data, config, precision = (take(group, vars(settings)) for group in (DataConfig, ModelConfig, PrecisionConfig))
     device = choose_device(settings.device)
     if device.type == "cpu":
         keep_freed_memory()
-    images = open_for_evaluation(settings, settings.classes)
+    known_classes = settings.description.get("classes")
+    images = open_for_evaluation(data, known_classes, config.in_chans)
     classes = class_names(images)
     counted = max(classes.values()) + 1 if classes else None
-    num_classes = settings.num_classes or counted
+    num_classes = data.num_classes or counted
     if num_classes is None:
-        raise InputError(f"--dataset {settings.dataset} does not say how many classes it has: give --num-classes")
-    numbered = settings.classes or settings.class_map or train_classes(settings)
+        raise InputError(f"--dataset {data.dataset} does not say how many classes it has: give --num-classes")
+    numbered = known_classes or data.class_map or train_classes(data)
     if counted and (counted > num_classes or (counted < num_classes and not numbered)):
         raise InputError(
-            f"{settings.data_dir} has {counted} classes, the model {num_classes}: --class-map FILE says which is which"
+            f"{data.data_dir} has {counted} classes, the model {num_classes}: --class-map FILE says which is which"
         )
-    model = build_model(settings, num_classes)
+    model = build_model(config, num_classes)
     load_weights(model, settings.checkpoint)
     model.to(device)
-    if settings.torchcompile:
-        model = torch.compile(model, backend=settings.torchcompile)
-    data_config = data_settings(settings, model)
-    loader = eval_loader(images, settings, data_config, device)
+    if precision.torchcompile:
+        model = torch.compile(model, backend=precision.torchcompile)
+    data_config = data_settings(config, model)
+    loader = eval_loader(images, data_config, device, batch_size=data.batch_size, workers=data.workers)
     real_labels = (
         real_imagenet_labels(images.filenames(), settings.real_labels) if settings.real_labels is not None else None
     )
 
-    metrics = evaluate(model, loader, device, autocast_context(settings, device), real_labels=real_labels)
+    metrics = evaluate(model, loader, device, precision.autocast(device), real_labels=real_labels)
     result = {
-        "model": settings.model,
+        "model": config.model,
         "checkpoint": str(settings.checkpoint),
-        "data": str(settings.data_dir),
+        "data": str(data.data_dir),
         "images": len(images),
         "num_classes": num_classes,
         "img_size": data_config["input_size"][-1],
         "crop_pct": data_config["crop_pct"],
         "interpolation": data_config["interpolation"],
-        "precision": settings.amp_dtype if settings.amp else "float32",
+        "precision": precision.amp_dtype if precision.amp else "float32",
         "device": str(device),
         **{name: round(value, 4) for name, value in metrics.items()},
     }
@@ -121,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def real_imagenet_labels(filenames: list[str], file: str) -> RealLabelsImagenet:
-    """The reassessed labels of ImageNet's validation images (Beyer et al., 2020).
+    """Read the reassessed labels of ImageNet's validation images (Beyer et al., 2020).
 
     Args:
-        filenames: of the images, ILSVRC2012_val_<number>.JPEG.
+        filenames: Names of the images, ILSVRC2012_val_<number>.JPEG.
         file: JSON list of the labels of every image, in order; empty for timm's copy.
 
     Raises:
@@ -134,9 +125,9 @@ def real_imagenet_labels(filenames: list[str], file: str) -> RealLabelsImagenet:
         labels = RealLabelsImagenet(filenames, file or None)
         missing = next((name for name in filenames if Path(name).name not in labels.real_labels), None)
     except OSError as error:
-        raise InputError(f"--real-labels {file}: {error.strerror}") from None
-    except json.JSONDecodeError:
-        raise InputError(f"--real-labels {file} is not JSON") from None
+        raise InputError(f"--real-labels {file}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"--real-labels {file} is not JSON") from error
     except AssertionError:
         missing = "as many images as the folder holds"
     if missing is not None:

@@ -16,11 +16,12 @@ from torchvision.transforms.functional import normalize, to_tensor
 from litvit import cli
 from litvit.checkpoints import load_weights
 from litvit.dtm.offsets import merging_modules, predict_offsets, sampling_locations, save_plots
-from litvit.errors import InputError
+from litvit.errors import InputError, is_from_user_code
 from litvit.models import Backbone
-from litvit.training.model import choose_device
-from litvit.training.recipe import key_value
-from litvit.training.state import read_description
+from litvit.processes import choose_device
+from litvit.settings import add_flags, take
+from litvit.training.flags import TRACEBACK_HELP, parse_with_checkpoint
+from litvit.training.model import ModelConfig, data_settings
 
 FOLDER = Path(__file__).parent / "visualization"
 
@@ -39,13 +40,15 @@ def build_model(name: str, checkpoint: str, img_size: Sequence[int] | None, mode
     """
     kwargs = {**model_kwargs, "num_classes": 0}
     try:
-        model = create_model(cli.model_name(name), **kwargs)
+        model = create_model(name, **kwargs)
         merging_modules(model)
         # Resize position tables once, from the checkpoint's size to the image's, if the model can have that size.
         if img_size is not None and not any(side % model.total_stride for side in img_size):
             model = create_model(name, **kwargs, img_size=tuple(img_size))
     except TypeError as error:
-        raise InputError(f"{name} cannot be built with {model_kwargs}: {error}") from None
+        if is_from_user_code(error):
+            raise
+        raise InputError(f"{name} cannot be built with {model_kwargs}: {error}") from error
     load_weights(model, checkpoint)
     return model
 
@@ -62,7 +65,7 @@ def open_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the image '{path}': {error}") from None
+        raise InputError(f"cannot read the image '{path}': {error}") from error
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,50 +75,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "green square of a regular grid, the 64 locations as red dots) and an overview of all tokens.",
     )
     add = parser.add_argument
-    add("--model", metavar="NAME", help="lit_ti, lit_s, lit_m or lit_b (the model that the checkpoint names)")
-    add("--resume", required=True, metavar="FILE", help="checkpoint, any that validate.py takes")
-    add(
-        "--vis_image",
-        "--vis-image",
-        default=str(FOLDER / "demo.JPEG"),
-        metavar="FILE",
-        help="image (demo.JPEG)",
-    )
-    add(
-        "--img-size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="pixels per side, or height and width (the model's own: 224)",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=FOLDER,
-        metavar="DIR",
-        help="folder of the plots, DIR/<image name> (visualization)",
-    )
-    add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="further arguments of the model")
-    add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if there is one)")
-    add("--mean", type=float, nargs=3, metavar="X", help="mean that pixels are normalised by (as trained)")
-    add("--std", type=float, nargs=3, metavar="X", help="standard deviation that pixels are normalised by (as trained)")
-    description = read_description(parser.parse_args(argv).resume)
-    parser.set_defaults(
-        model=description.get("model"),
-        img_size=[description["img_size"]] if "img_size" in description else None,
-        model_kwargs=list(description.get("model_kwargs", {}).items()),
-        mean=description.get("mean"),
-        std=description.get("std"),
-    )
-    args = parser.parse_args(argv)
-    if args.model is None:
-        raise InputError("which model? --model NAME")
-    if args.img_size is not None:
-        if len(args.img_size) > 2:
-            raise InputError(f"--img-size takes one number or two, height and width, got {len(args.img_size)}")
-        if min(args.img_size) < Backbone.total_stride:
-            raise InputError(f"--img-size is {min(args.img_size)}, but must be at least {Backbone.total_stride}")
-        args.img_size = (args.img_size[0], args.img_size[-1])
+    add("--resume", dest="checkpoint", required=True, metavar="FILE", help="checkpoint, any that validate.py takes")
+    image = {"default": str(FOLDER / "demo.JPEG"), "metavar": "FILE", "help": "image (demo.JPEG)"}
+    add("--vis_image", "--vis-image", **image)
+    add("--img-size", dest="size", type=int, nargs="+", metavar="N", help="pixels per side, or height and width (224)")
+    add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
+    add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if available)")
+    add("--traceback", action="store_true", help=TRACEBACK_HELP)
+    add_flags(parser, ModelConfig, only=("model", "imports", "model_kwargs", "mean", "std"))
+    args = parse_with_checkpoint(parser, argv)
+    if args.size is None and "img_size" in args.description:
+        args.size = [args.description["img_size"]]
+    if args.size is not None:
+        if len(args.size) > 2:
+            raise InputError(f"--img-size takes one number or two, height and width, got {len(args.size)}")
+        if min(args.size) < Backbone.total_stride:
+            raise InputError(f"--img-size is {min(args.size)}, but must be at least {Backbone.total_stride}")
+        args.size = (args.size[0], args.size[-1])
     return args
 
 
@@ -124,20 +100,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     start = time.perf_counter()
     image = open_image(args.vis_image)
-    model = build_model(args.model, args.resume, args.img_size, dict(args.model_kwargs))
+    model = build_model(args.model, args.checkpoint, args.size, args.model_kwargs)
     device = choose_device(args.device)
     model.to(device)
-    height, width = args.img_size or model.img_size
+    height, width = args.size or model.img_size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    cfg = model.pretrained_cfg
-    pixels = normalize(to_tensor(image), args.mean or cfg["mean"], args.std or cfg["std"]).unsqueeze(0).to(device)
+    data_config = data_settings(take(ModelConfig, vars(args)), model)
+    pixels = normalize(to_tensor(image), data_config["mean"], data_config["std"]).unsqueeze(0).to(device)
     locations = sampling_locations(predict_offsets(model, pixels))[0].cpu()
 
     folder = args.output / Path(args.vis_image).stem
     try:
         tokens = save_plots(image, locations, folder)
     except OSError as error:
-        raise InputError(f"cannot write plots to '{folder}': {error.strerror or error}") from None
+        raise InputError(f"cannot write plots to '{folder}': {error.strerror or error}") from error
     print(f"{tokens} plots and overview.png in {folder} ({time.perf_counter() - start:.1f} s)")
 
 

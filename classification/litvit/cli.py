@@ -1,75 +1,82 @@
-"""What the command lines share: one-line errors and models looked up by name."""
+"""What the command lines share: one-line errors, a parser, and models looked up by name."""
 
 import argparse
-import contextlib
-import ctypes
 import difflib
+import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from timm.models import is_model, list_models
 
 from litvit.errors import InputError
+from litvit.processes import EXIT_CTRL_C, EXIT_INPUT_ERROR, follow_the_launcher, tell_the_launcher
 
-EXIT_INPUT_ERROR = 2
-EXIT_CTRL_C = 130
-# Under torchrun a worker that leaves with a status is a failed one, to be restarted. The launcher names a file in this
-# variable, and a worker that leaves on purpose puts its status there.
-STATUS_FILE = "LITVIT_STATUS_FILE"
-LAUNCHER = "LITVIT_LAUNCHER"  # the process that starts the workers
+TRACEBACK = "LIT_TRACEBACK"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line: wrong input is named, the usage is left to --help."""
+    """argparse whose complaints are one line: the wrong input, and how to list the flags."""
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} ({self.prog} --help lists the flags)")
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
-    """Run a command line's `main(argv)` and exit: 0, what it returns, or 2 with one line for wrong input.
+    """Run a command's `main(argv)` and exit: with 0, what it returns, or 2 and one line for wrong input.
+
+    `--traceback` on any command line, or LIT_TRACEBACK=1 in the environment, shows the traceback of wrong input too.
 
     Args:
-        main: takes the arguments (None: sys.argv) and returns an exit status, None for success.
+        main: Function that takes the arguments (None for sys.argv's) and returns an exit status, None for success.
     """
-    if STATUS_FILE in os.environ:
-        _end_with_the_launcher()
-        if Path(os.environ[STATUS_FILE]).read_text():  # started again, but the run has been left on purpose
-            sys.exit(0)
+    if "--traceback" in sys.argv[1:]:
+        sys.argv.remove("--traceback")
+        os.environ[TRACEBACK] = "1"
+    follow_the_launcher()
     try:
         status = main(None)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get(TRACEBACK, "0") != "0":
+            sys.excepthook(*sys.exc_info())
+        else:
+            hint = f" ({TRACEBACK}=1 shows where)" if error.__cause__ else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
         status = EXIT_INPUT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_CTRL_C
-    if status and STATUS_FILE in os.environ:
-        Path(os.environ[STATUS_FILE]).write_text(str(status))
-        status = 0
-    sys.exit(status)
+    sys.exit(tell_the_launcher(status))
 
 
-def _end_with_the_launcher() -> None:
-    """Be killed when the parent is: a worker whose launcher is gone would train on in the run's folder."""
-    set_parent_death_signal = 1
-    with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
-        sys.exit("the launcher is gone")  # since before the line above
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules of the user's own, which register models, augmentations or data sets.
+
+    Args:
+        names: Names of modules, found as `python -c "import NAME"` would find them in the current folder.
+
+    Raises:
+        InputError: there is no such module. What its code raises is raised unchanged.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise InputError(f"--import {name}: no such module here or on PYTHONPATH") from error
 
 
 def model_name(name: str) -> str:
-    """Return `name` if timm or litvit knows such a model.
+    """Return `name` if timm or litvit has such a model.
 
     Raises:
-        InputError: unknown; names the nearest known ones.
+        InputError: an unknown name; the message has the nearest known ones.
     """
     if is_model(name):
         return name
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"LIT's models: {', '.join(list_models('lit_*'))}"
-    raise InputError(f"unknown model '{name}'; {hint}")
+    raise InputError(f"unknown model '{name}'; {hint} (a model of your own: --import the module that registers it)")

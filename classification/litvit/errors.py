@@ -1,14 +1,45 @@
-"""The one kind of error that is the user's to mend."""
+"""`InputError`: wrong input, reported in one line. What comes from the user's own code is not wrong input."""
+
+import os
+import re
+import sys
+import traceback
+
+_FRAMEWORKS = ("litvit", "timm", "mmengine", "mmcv", "mmdet", "mmseg")
+_PYTHON = (os.path.dirname(os.__file__) + os.sep, "<")
 
 
 class InputError(ValueError):
     """Wrong input from outside: a path, a file, a flag, a recipe.
 
-    The message is one line that names what is wrong and how to mend it. Command lines print it alone, without a
-    traceback, and exit with status 2 (`litvit.cli.run`); library callers meet an ordinary `ValueError`.
+    The message is one line that names what is wrong and how to fix it. Command lines print it alone, without a
+    traceback, and exit with status 2 (`litvit.cli.run`). Library callers get an ordinary `ValueError`.
     """
 
     def __str__(self) -> str:
-        # A DataLoader hands on its worker's error with the worker's traceback as message; the last line is the error.
+        # A DataLoader re-raises its worker's error with the worker's traceback as message; the last line is the error.
         lines = super().__str__().strip().splitlines() or [""]
         return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+
+
+def is_from_user_code(error: BaseException | None) -> bool:
+    """Return whether an exception, or one that caused it, comes from a config or a module of the user.
+
+    Such an exception is a bug that its traceback helps to find, not wrong input. The innermost frame decides that
+    belongs either to the user's code or to litvit, timm, mmengine, mmcv, mmdet or mmseg. Frames of Python and of other
+    packages are skipped: an exception of torch is the user's if the user's constructor called torch, and wrong input
+    if timm or mmdet did.
+    """
+    imported = [os.path.dirname(sys.modules[name].__file__) for name in _FRAMEWORKS if name in sys.modules]
+    frameworks = tuple(folder + os.sep for folder in imported)
+    while error is not None:
+        if isinstance(error, SyntaxError) and error.filename and os.path.isfile(error.filename):
+            return True  # of a module; mmengine names no file for a config
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for file in reversed(files):
+            if file.startswith(frameworks):
+                break
+            if not file.startswith(_PYTHON) and not re.search(r"[/\\](site|dist)-packages[/\\]", file):
+                return True
+        error = error.__cause__ or error.__context__
+    return False

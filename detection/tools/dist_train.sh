@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several GPUs, or in several processes on a CPU: bash dist_train.sh CONFIG GPUS [flags of train.py]
-# --resume continues a run that was broken off; launch.sh tells of several nodes and other settings.
+# --resume continues an interrupted run; launch.sh describes several nodes and other settings.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ $# -lt 2 ]]; then
     sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" >&2

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a script in several processes: bash launch.sh SCRIPT GPUS [arguments of the script]
 #
-# One process a GPU; where there is none, GPUS processes on the CPU (gloo). The dist_*.sh scripts of detection/ and
+# One process per GPU; without a GPU, GPUS processes on the CPU (gloo). The dist_*.sh scripts of detection/ and
 # segmentation/ call this one.
 # Several nodes: run it on each, with NNODES, NODE_RANK (0 ...), MASTER_ADDR and MASTER_PORT or PORT (29500) set.
 # PYTHON names the interpreter; default: the active environment's, else the project's .venv.
@@ -16,10 +16,7 @@ if [[ ! $processes =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 
-python=${PYTHON:-python3}
-if [[ -z ${PYTHON:-} && -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} && -x $here/../../.venv/bin/python ]]; then
-    python=$here/../../.venv/bin/python
-fi
+source "$here/../../classification/tools/common.sh"
 
 if [[ ${NNODES:-1} -gt 1 ]]; then
     place=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}"
@@ -27,10 +24,7 @@ if [[ ${NNODES:-1} -gt 1 ]]; then
 else
     place=(--standalone)
 fi
-if [[ -z ${OMP_NUM_THREADS:-} ]]; then
-    threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
-    export OMP_NUM_THREADS=$((threads < 1 ? 1 : threads > 8 ? 8 : threads))
-fi
+share_cores "$processes"
 
 # Wrong input: workers put their exit status here, and torchrun does not bury their one line under its report.
 LITVIT_STATUS_FILE=$(mktemp)

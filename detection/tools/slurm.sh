@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a script under Slurm, a task a GPU: bash slurm.sh SCRIPT PARTITION JOB_NAME [arguments of the script]
+# Run a script under Slurm, one task per GPU: bash slurm.sh SCRIPT PARTITION JOB_NAME [arguments of the script]
 #
 # GPUS (8) in all, GPUS_PER_NODE (8), CPUS_PER_TASK (5), SRUN_ARGS: further flags of srun; PYTHON names the interpreter.
 # The slurm_*.sh scripts of detection/ and segmentation/ call this one.
@@ -11,10 +11,7 @@ shift 3
 command -v srun >/dev/null || { echo "error: no srun here: is this a Slurm cluster? dist_*.sh do without" >&2; exit 2; }
 
 gpus=${GPUS:-8} per_node=${GPUS_PER_NODE:-8}
-python=${PYTHON:-python3}
-if [[ -z ${PYTHON:-} && -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} && -x $here/../../.venv/bin/python ]]; then
-    python=$here/../../.venv/bin/python
-fi
+source "$here/../../classification/tools/common.sh"
 # SRUN_ARGS holds several flags.
 # shellcheck disable=SC2086
 exec srun --partition "$partition" --job-name "$job" --gres "gpu:$((gpus < per_node ? gpus : per_node))" --ntasks "$gpus" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train under Slurm: [GPUS=8] bash slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [flags of train.py]
-# --resume continues a run that was broken off; slurm.sh tells of other settings.
+# --resume continues an interrupted run; slurm.sh describes other settings.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ $# -lt 4 ]]; then
     sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" >&2

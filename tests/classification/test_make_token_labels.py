@@ -20,7 +20,7 @@ import validate
 from PIL import Image
 from torch import nn
 
-from litvit.training.state import save_weights
+from litvit.runs.folder import save_weights
 
 LIT = {"dims": (16, 32, 48, 96), "depths": (1, 1, 1, 1)}
 SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "window_size": 2}
@@ -311,7 +311,7 @@ def test_wrong_folders_are_one_line(digits_copy, tmp_path, teacher, run, run_mai
     (tmp_path / "labels" / "n01440764").mkdir()
     assert re.fullmatch(r"error: .*labels holds n01440764, and no labels of this command: .*\n", error(run()))
     outcome = run_main(make_token_labels, digits_copy, teacher, "--checkpoint", teacher, "-j", 0)
-    assert re.fullmatch(r"error: cannot write to .*: File exists\n", error(outcome))
+    assert re.fullmatch(r"error: cannot write to .*: File exists.*\n", error(outcome))
     assert re.fullmatch(r"error: no data folder .*\n", error(run(data=tmp_path / "none")))
     (digits_copy / "train" / "5").rename(digits_copy / "train" / "five")
     message = r"error: the classes of .* are not those of .*: number 5 is 6, not 5\n"

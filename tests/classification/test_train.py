@@ -33,7 +33,7 @@ def test_a_run_leaves_settings_checkpoint_best_weights_and_logs(finished_run):
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
     log = (folder / "train.log").read_text()
-    assert re.search(r"epoch 2: update 8/8, loss [\d.]+, lr [\d.e-]+, [\d.]+ images/s, \d:\d\d:\d\d left", log)
+    assert re.search(r"epoch 2: step 8/8, loss [\d.]+, lr [\d.e-]+, [\d.]+ images/s, \d:\d\d:\d\d left", log)
     assert list((folder / "tensorboard").glob("events*"))
 
 
@@ -54,7 +54,7 @@ def test_resume_continues_to_the_weights_of_an_unbroken_run(finished_run, digits
     folder, flags = finished_run
     here = ["--output", tmp_path, "--experiment", "broken"]
     # The schedule is that of two epochs; the run is cut after the first.
-    cut = train.Training(train.parse_settings([*flags, *map(str, here)]))
+    cut = train.build_trainer(train.parse_config([*flags, *map(str, here)]))
     cut.epochs = 1
     cut.run()
     outcome = run_main(train, digits, "--resume", tmp_path / "broken")
@@ -98,7 +98,7 @@ def test_full_recipe_trains_with_all_its_augmentation(digits, tmp_path, run_main
         *tiny,
     )
     assert outcome.status == 0, outcome.err
-    assert "total batch 20, 4 updates an epoch" in outcome.out
+    assert "total batch 20, 4 steps per epoch" in outcome.out
     assert "float16 needs a GPU" in outcome.out
 
 
@@ -174,7 +174,7 @@ def no_images(data):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (unreadable_image, r"cannot read the images .*train/3/00000.png .*mend or replace them"),
+        (unreadable_image, r"cannot read the images .*train/3/00000.png .*repair or replace them"),
         (extra_class, r"val has 1 classes that train lacks: cat"),
         (no_val, r"has neither val/ nor val.tar; it holds .*train"),
         (no_train, r"has neither train/ nor train.tar; it holds .*val"),
@@ -228,7 +228,7 @@ def write_code(path):
         (["--device", "meta"], r"--device meta"),
         (["--model-kwargs", "num_heads=(0,0,7,8)"], r"num_heads \(0, 0, 7, 8\) must divide dims"),
         (["--model-kwargs", "position=foo"], r"position must be 'absolute' or 'relative'"),
-        (["--model-kwargs", "features_only=True"], r"features_only is no classifier"),
+        (["--model-kwargs", "features_only=True"], r"features_only is not a classifier"),
         (["--config", "{tmp}/null.yaml"], r"epochs needs a value"),
         (["--warmup-epochs", "2"], r"leaves nothing of --epochs 2"),
         (["--num-classes", "3"], r"the data has 10 classes"),

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from litvit.training.state import save_weights
+from litvit.runs.folder import save_weights
 
 KWARGS = {"dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
 MODEL_FLAGS = [

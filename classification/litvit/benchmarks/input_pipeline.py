@@ -1,7 +1,6 @@
 """Speed of the input pipeline: images per second that one core reads and augments, and the time of each step."""
 
 import argparse
-import random
 import statistics
 import tempfile
 import time
@@ -17,12 +16,16 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
+from litvit.data.augment import TrainTransform
+from litvit.data.dataset import Images
+from litvit.data.loader import eval_loader, train_loader
+from litvit.data.random_streams import Stream, random_stream
+from litvit.data.readers import open_train_and_val
+from litvit.data.sampler import SampleKey
 from litvit.errors import InputError
-from litvit.training.data import open_train_and_val
-from litvit.training.loaders import eval_loader, train_loader
+from litvit.processes import Processes
 from litvit.training.model import build_model, data_settings
-from litvit.training.recipe import parse_settings
-from litvit.training.samples import DraftedCrop, Draw, Images, Stream, random_stream
+from litvit.training.recipe import parse_config
 
 
 def write_photos(folder: Path, number: int, size: tuple[int, int], seed: int = 0) -> None:
@@ -70,13 +73,14 @@ def benchmark_data(args: argparse.Namespace) -> list[dict]:
             folder.mkdir(parents=True)
             write_photos(folder, args.images, args.image_size)
         flags = ["--model", args.model, "--no-token-label", "-j", "0", "-b", str(args.images)]
-        settings = parse_settings([root, *flags])
-        train, val, num_classes = open_train_and_val(settings)
+        config = parse_config([root, *flags])
+        train, val, num_classes = open_train_and_val(config.data)
         with torch.device("meta"):
-            config = data_settings(settings, build_model(settings, num_classes))
+            data_config = data_settings(config.model, build_model(config.model, num_classes))
+        cpu, sizes = torch.device("cpu"), {"batch_size": args.images, "workers": 0}
         loaders = {
-            "training": train_loader(train, settings, config, torch.device("cpu")),
-            "evaluation": eval_loader(val, settings, config, torch.device("cpu")),
+            "training": train_loader(train, config.augment, data_config, Processes(cpu), **sizes),
+            "evaluation": eval_loader(val, data_config, cpu, **sizes),
         }
         return [
             {"pipeline": name, "step": step, "milliseconds": 1000 * seconds}
@@ -106,22 +110,24 @@ def _timed(seconds: Counter, name: str, step: Callable, *args: object) -> Any:
     return result
 
 
-def _read(images: Images, key: int | Draw, seconds: Counter) -> None:
+def _read(images: Images, key: int | SampleKey, seconds: Counter) -> None:
     """Read and transform an image as `Images` does, with the same random numbers."""
-    if isinstance(key, Draw):
-        with random_stream(Stream.SAMPLE, images.seed, key.epoch, key.place):
-            return _read(images, key.index, seconds)
+    if isinstance(key, SampleKey):
+        with random_stream(Stream.SAMPLE, images.seed, key.epoch, key.position):
+            _read(images, key.index, seconds)
+        return
+    transform = images.transform
     image = _timed(seconds, "open", Image.open, images.dataset.reader[key][0])
-    first, *steps = images.transform.transforms
-    if isinstance(first, DraftedCrop):
-        box = first.get_params(image, first.scale, first.ratio)
+    if not isinstance(transform, TrainTransform):
         _timed(seconds, "decode", image.load)
-        modes = first.interpolation
-        mode = random.choice(modes) if isinstance(modes, tuple) else modes
-        image = _timed(seconds, "crop, resize", TF.resized_crop, image, *box, first.size, mode)
-    else:
-        _timed(seconds, "decode", image.load)
-        image = _timed(seconds, type(first).__name__, first, image)
-    for step in steps:
-        image = _timed(seconds, type(step).__name__, step, image)
-    return None
+        for step in transform.transforms:
+            image = _timed(seconds, type(step).__name__, step, image)
+        return
+    crop = transform.choose_crop(image)  # before the file is decoded, to a size that fits the crop
+    _timed(seconds, "decode", image.load)
+    image = _timed(seconds, "crop, resize", transform.resize, image, crop)
+    image, _ = _timed(seconds, "flip", transform.flip, image)
+    for colour in transform.colours:
+        image = _timed(seconds, type(colour).__name__, colour, image)
+    pixels = _timed(seconds, "to tensor", TF.pil_to_tensor, image)
+    _timed(seconds, "erase", transform.erase, pixels.shape)

@@ -6,7 +6,7 @@
 
 The digits are scikit-learn's bundled 1797 handwritten ones (8 x 8 pixels), each enlarged, turned, coloured and placed
 on a drawn background. `draw_scene` makes a `Scene`, which knows its objects' boxes and masks and what the background is
-at every pixel; `build` writes scenes in the layout of ImageNet, COCO (instances and panoptic) or ADE20K. Pictures for
+at every pixel; `build` writes scenes in the layout of ImageNet, COCO (instances and panoptic) or ADE20K. Images for
 training and validation show different source digits.
 """
 
@@ -19,7 +19,7 @@ from litvit.demo_data.scenes import (
     Scene,
     SceneObject,
     draw_scene,
-    save_picture,
+    save_image,
     source_digits,
 )
 
@@ -38,6 +38,6 @@ __all__ = [
     "Settings",
     "build",
     "draw_scene",
-    "save_picture",
+    "save_image",
     "source_digits",
 ]

@@ -19,7 +19,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[str, Settings | SceneSettings, i
         prog="python -m litvit.demo_data",
         description="Build a small image set, handwritten digits in drawn scenes, without any download.",
     )
-    parser.add_argument("folder", metavar="DIR", help="new, empty, or made by this command before")
+    parser.add_argument("folder", metavar="DIR", help="folder of the set, new or empty, or with this very set")
     parser.add_argument(
         "--task",
         choices=TASKS,
@@ -27,7 +27,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[str, Settings | SceneSettings, i
         help="classification (default): ImageNet's layout; detection: COCO's, instances and panoptic; "
         "segmentation: ADE20K's",
     )
-    group = parser.add_argument_group("how many pictures")
+    group = parser.add_argument_group("number of images")
     group.add_argument(
         "--train-per-class", type=int, metavar="N", help=f"for classification, default {plain.train_per_class}"
     )
@@ -38,7 +38,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[str, Settings | SceneSettings, i
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help=f"side of a picture, default {plain.image_size}; for detection and segmentation its height, "
+        help=f"side of an image, default {plain.image_size}; for detection and segmentation its height, "
         f"default {scenes.image_size}, and the width is 4/3 of it",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +50,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[str, Settings | SceneSettings, i
     for name in {*COUNTS["classification"], *COUNTS["detection"]}.difference(counts):
         if getattr(args, name) is not None:
             instead = " and ".join(map(_flag, counts))
-            raise InputError(f"{_flag(name)} is not for --task {args.task}, whose pictures {instead} count")
+            raise InputError(f"{_flag(name)} is not for --task {args.task}, which has {instead}")
     least = {**dict.fromkeys(counts, 1), "image_size": MIN_IMAGE_SIZE[args.task], "seed": 0, "workers": 1}
     for name, minimum in least.items():
         if getattr(args, name) is not None and getattr(args, name) < minimum:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     built = build(folder, settings, workers)
     took = f"built in {time.perf_counter() - start:.1f} s" if built else "already there"
     counts = settings.counts
-    print(f"demo data: {counts['train']} training and {counts['val']} validation pictures in {folder} ({took})")
+    print(f"demo data: {counts['train']} training and {counts['val']} validation images in {folder} ({took})")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import colorsys
 import functools
 import json
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ ID_STEP = 0x9E3779  # odd, so that its multiples modulo 2^24 are different numbe
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines a set for classification, to the pixel. `drawing` counts the changes of how scenes are drawn."""
+    """Settings of a set for classification, which fix every pixel. `drawing` is the version of how scenes are drawn."""
 
     train_per_class: int = 500
     val_per_class: int = 100
@@ -40,21 +41,21 @@ class Settings:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Pictures of each split."""
+        """Number of images of each split."""
         return {"train": self.train_per_class * len(CLASSES), "val": self.val_per_class * len(CLASSES)}
 
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """What determines a set for detection or segmentation, to the pixel: scenes with several digits.
+    """Settings of a set for detection or segmentation, which fix every pixel: scenes with several digits.
 
     Args:
         task: "detection" or "segmentation"; both show the same scenes.
-        train: number of pictures to train on.
-        val: number of pictures to validate on.
-        image_size: the pictures' height in pixels; they are a third wider.
-        seed: of everything random.
-        drawing: counts the changes of how scenes are drawn.
+        train: Number of images to train on.
+        val: Number of images to validate on.
+        image_size: Height of the images in pixels; they are a third wider.
+        seed: Seed of everything random.
+        drawing: Version of how scenes are drawn.
     """
 
     task: str
@@ -66,25 +67,25 @@ class SceneSettings:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Pictures of each split."""
+        """Number of images of each split."""
         return {"train": self.train, "val": self.val}
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.image_size, self.image_size * 4 // 3
 
     def scene(self, split: str, number: int) -> Scene:
-        """Draw a picture of the set."""
+        """Draw an image of the set."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), number])
         sources = source_digits(self.seed)[split]
         labels = rng.integers(len(CLASSES), size=rng.integers(MIN_DIGITS, MAX_DIGITS + 1))
         digits = [(int(label), rng.choice(sources[label])) for label in labels]
-        return draw_scene(rng, digits, self.picture_size, DIGIT_SCALE)
+        return draw_scene(rng, digits, self.image_shape, DIGIT_SCALE)
 
 
 class Layout(ABC):
-    """Where the pictures of a set lie and what lies beside them."""
+    """The files of a set: its images, and what describes them."""
 
     settings_type: type = SceneSettings
 
@@ -93,31 +94,31 @@ class Layout(ABC):
 
     @abstractmethod
     def files(self, split: str, number: int) -> list[str]:
-        """Return the names of a picture and of what belongs to it alone."""
+        """Return the names of an image and of the files that belong to it alone."""
 
     def indices(self, split: str) -> list[str]:
-        """Return the names of files that describe all pictures of a split."""
+        """Return the names of the files that describe all images of a split."""
         return []
 
     @abstractmethod
     def write(self, root: Path, split: str, number: int) -> object:
-        """Write a picture's files; return what the split's indices say of it."""
+        """Write an image's files, and return what the split's indices say of it."""
 
     def write_indices(self, root: Path, split: str, records: list) -> None:  # noqa: B027 - most layouts have none
         """Write the split's indices from what `write` returned."""
 
     def all_files(self) -> set[str]:
         """Return the names of every file of the set."""
-        pictures = {name for picture in self.pictures() for name in self.files(*picture)}
-        return pictures | {name for split in SPLITS for name in self.indices(split)}
+        names = {name for image in self.images() for name in self.files(*image)}
+        return names | {name for split in SPLITS for name in self.indices(split)}
 
-    def pictures(self) -> list[tuple[str, int]]:
-        """Return (split, number) of every picture."""
+    def images(self) -> list[tuple[str, int]]:
+        """Return the split and number of every image."""
         return [(split, number) for split in SPLITS for number in range(self.settings.counts[split])]
 
 
 class ImageNetLayout(Layout):
-    """A folder a class: `train/<class>/*.png`, `val/<class>/*.png`."""
+    """One folder per class: `train/<class>/*.png`, `val/<class>/*.png`."""
 
     settings_type = Settings
 
@@ -173,7 +174,7 @@ class CocoLayout(Layout):
         return [f"annotations/{kind}_{split}2017.json" for kind in ("instances", "panoptic")]
 
     def write(self, root: Path, split: str, number: int) -> tuple[list[dict], list[dict]]:
-        """Write a picture and return its instances, without ids of their own, and its panoptic segments."""
+        """Write an image and return its instances, without ids, and its panoptic segments."""
         scene = self.settings.scene(split, number)
         bare = ~np.any([thing.mask for thing in scene.objects], axis=0)
         masks = [(thing.label + 1, thing.mask) for thing in scene.objects]
@@ -198,7 +199,7 @@ class CocoLayout(Layout):
         images, instances, panoptic = [], [], []
         for number, (things, segments) in enumerate(records):
             image, segmentation = (Path(file).name for file in self.files(split, number))
-            height, width = self.settings.picture_size
+            height, width = self.settings.image_shape
             images.append({"id": number + 1, "file_name": image, "height": height, "width": width})
             panoptic.append({"image_id": number + 1, "file_name": segmentation, "segments_info": segments})
             for thing in things:
@@ -239,75 +240,61 @@ def _run_lengths(mask: np.ndarray) -> dict:
 
 
 def build(root: str | os.PathLike, settings: Settings | SceneSettings, workers: int = 1) -> bool:
-    """Make the data set in a folder, unless it is there already.
+    """Draw a data set into a folder, unless the folder holds it already.
 
     Args:
-        root: new, empty, or a folder that this function made; a half-made set or one of other settings is made anew.
-        settings: what to build. The pictures depend on nothing else.
-        workers: processes that draw.
+        root: Folder of the set, new or empty. It is there when the set is complete, and not before.
+        settings: Settings of the set. The images depend on nothing else.
+        workers: Number of processes that draw.
 
     Returns:
-        Whether anything was built.
+        Whether anything was drawn.
 
     Raises:
-        InputError: the folder holds something that this function did not make, or cannot be written.
+        InputError: the folder holds something else, or cannot be written.
     """
     root = Path(root)
     layout = TASKS[settings.task](settings)
-    files = layout.all_files()
     try:
+        if root.exists() and not root.is_dir():
+            raise InputError(f"'{root}' is a file: name a folder")
         if root.is_dir() and any(root.iterdir()):
-            made, complete = _read_marker(root)
-            if complete and made.settings == settings and all((root / file).is_file() for file in files):
+            if _holds(root, layout):
                 return False
-            _remove_made(root, made)
-        for folder in {(root / file).parent for file in files}:
-            folder.mkdir(parents=True, exist_ok=True)
-        _write_marker(root, settings, complete=False)
-        pictures = layout.pictures()
-        write = functools.partial(layout.write, root)
-        if workers > 1:
-            with ProcessPoolExecutor(min(workers, len(pictures))) as pool:
-                records = list(pool.map(write, *zip(*pictures, strict=True), chunksize=8))
-        else:
-            records = [write(*picture) for picture in pictures]
-        for split in SPLITS:
-            of_split = [record for (where, _), record in zip(pictures, records, strict=True) if where == split]
-            layout.write_indices(root, split, of_split)
-        _write_marker(root, settings, complete=True)
+            raise InputError(
+                f"'{root}' holds other files, demo data of other settings or of an older version, or a part of it: "
+                "remove it, or name another folder"
+            )
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
+            made = Path(temporary, root.name)
+            _draw(made, layout, workers)
+            (made / MARKER).write_text(json.dumps({"settings": asdict(settings)}, indent=2) + "\n")
+            made.replace(root)
     except OSError as error:
-        raise InputError(f"cannot write the demo data to '{root}': {error.strerror or error}") from None
+        raise InputError(f"cannot write the demo data to '{root}': {error.strerror or error}") from error
     return True
 
 
-def _read_marker(root: Path) -> tuple[Layout, bool]:
-    """Return what was built in a folder, and whether it was finished."""
+def _holds(root: Path, layout: Layout) -> bool:
+    """Return whether a folder holds a whole set."""
     try:
-        marker = json.loads((root / MARKER).read_text())
-        layout = TASKS[marker["settings"]["task"]]
-        return layout(layout.settings_type(**marker["settings"])), marker["complete"]
+        settings = json.loads((root / MARKER).read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"'{root}' holds files but no demo data: name a new or an empty folder") from None
+        return False
+    return settings == asdict(layout.settings) and all((root / file).is_file() for file in layout.all_files())
 
 
-def _write_marker(root: Path, settings: Settings | SceneSettings, complete: bool) -> None:
-    # Renamed into place, so that a marker is never half written.
-    half = root / f"{MARKER}.tmp"
-    half.write_text(json.dumps({"settings": asdict(settings), "complete": complete}, indent=2) + "\n")
-    half.replace(root / MARKER)
-
-
-def _remove_made(root: Path, made: Layout) -> None:
-    """Remove all of a set but its marker, after a look whether there is anything else beside it."""
-    names = made.all_files() | {MARKER, f"{MARKER}.tmp"}
-    folders = {str(parent) for name in names for parent in Path(name).parents}
-    paths = sorted(root.rglob("*"))
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        if path.is_symlink() or name not in (folders if path.is_dir() else names):
-            raise InputError(f"'{path}' is not part of the demo data in '{root}': move it away, or name another folder")
-    for path in reversed(paths):
-        if path.is_dir():
-            path.rmdir()
-        elif path.parent != root:
-            path.unlink()
+def _draw(root: Path, layout: Layout, workers: int) -> None:
+    images = layout.images()
+    for folder in {(root / file).parent for file in layout.all_files()}:
+        folder.mkdir(parents=True, exist_ok=True)
+    write = functools.partial(layout.write, root)
+    if workers > 1:
+        with ProcessPoolExecutor(min(workers, len(images))) as pool:
+            records = list(pool.map(write, *zip(*images, strict=True), chunksize=8))
+    else:
+        records = [write(*image) for image in images]
+    for split in SPLITS:
+        of_split = [record for (image_split, _), record in zip(images, records, strict=True) if image_split == split]
+        layout.write_indices(root, split, of_split)

@@ -39,7 +39,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture and everything that is true of it.
+    """A drawn image and its annotations.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -81,14 +81,14 @@ def draw_scene(
 ) -> Scene:
     """Draw digits on a background of one or two textures.
 
-    Every digit lies whole inside the picture, apart from the others, and differs by `MIN_CONTRAST` in luma from the
+    Every digit lies whole inside the image, apart from the others, and differs by `MIN_CONTRAST` in luma from the
     background that it covers and touches.
 
     Args:
         rng: decides everything else: textures, colours, scales, angles, places.
         digits: (label, (8, 8) array with values 0 to 1) of each digit to place.
         size: (height, width) in pixels.
-        scale: smallest and largest side of a digit's 8 x 8 grid, as a fraction of the picture's shorter side. A digit
+        scale: Smallest and largest side of a digit's 8 x 8 grid, as a fraction of the image's shorter side. A digit
             that finds no room is drawn smaller.
 
     Raises:
@@ -127,7 +127,7 @@ def _draw_background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[n
 def _texture(rng: np.random.Generator, kind: int, size: tuple[int, int], lowest: float) -> np.ndarray:
     """Return (H, W, 3): two colours, of luma `lowest` to `lowest` + TONE_SPAN, mixed in the pattern of `kind`.
 
-    A pattern is as fine in a large picture as in one of 64 pixels: a part of the picture shows which it is.
+    A pattern is as fine in a large image as in one of 64 pixels: a part of the image shows which it is.
     """
     name = BACKGROUNDS[kind]
     height, width = size[0] / 64, size[1] / 64
@@ -152,7 +152,7 @@ def _texture(rng: np.random.Generator, kind: int, size: tuple[int, int], lowest:
 
 
 def _ramp(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Return (H, W) that rises from 0 to 1 across the picture in a random direction."""
+    """Return (H, W) that rises from 0 to 1 across the image in a random direction."""
     angle = rng.uniform(0, 2 * math.pi)
     y, x = np.ogrid[: size[0], : size[1]]
     ramp = y * math.sin(angle) + x * math.cos(angle)
@@ -208,7 +208,7 @@ def _turn_and_enlarge(rng: np.random.Generator, digit: np.ndarray, side: float) 
     affine = (xx, xy, centre - (xx + xy) * patch / 2, yx, yy, centre - (yx + yy) * patch / 2)
     source = Image.fromarray(_sharpen(np.pad(digit, pad)).astype(np.float32))
     grey = np.asarray(source.transform((patch, patch), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC))
-    # An edge rises over about one source pixel; this makes it rise over about two pixels of the picture.
+    # An edge rises over about one source pixel; this makes it rise over about two pixels of the image.
     threshold = rng.uniform(0.4, 0.6)
     ink = np.clip((grey - threshold) * side / len(digit) / 2 + 0.5, 0, 1)
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
@@ -230,15 +230,15 @@ def _sharpen(digit: np.ndarray) -> np.ndarray:
     return 2 * digit - neighbourhood
 
 
-def save_picture(path: str | os.PathLike, size: int = 448, seed: int = 10) -> None:
+def save_image(path: str | os.PathLike, size: int = 448, seed: int = 10) -> None:
     """Draw a scene with several digits and save it, in the format that the file's suffix names.
 
     The repository's `classification/visualization/demo.JPEG` is one; in `classification/`:
 
-        python -c "from litvit.demo_data import save_picture; save_picture('visualization/demo.JPEG')"
+        python -c "from litvit.demo_data import save_image; save_image('visualization/demo.JPEG')"
 
     Args:
-        path: of the picture.
+        path: Path of the image.
         size: its height and width in pixels.
         seed: which scene.
     """

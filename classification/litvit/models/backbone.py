@@ -111,7 +111,7 @@ class Backbone(nn.Module, ABC):
         part, _, rest = name.partition(".")
         if part in ("norm", *self.classifiers):
             return isinstance(getattr(self, part), nn.Identity)
-        if part.startswith(("cls_", "class_")):
+        if part in ("cls_token", "cls_pos_embed", "class_blocks"):
             return self.cls_token is None
         return part == "stages" and int(rest.partition(".")[0]) >= len(self.stages)
 

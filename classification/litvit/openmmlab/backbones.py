@@ -57,7 +57,9 @@ class MMBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.out_indices = tuple(out_indices)
         try:
-            model = create_model(arch, num_classes=0, drop_path_rate=drop_path_rate, **kwargs)
+            if drop_path_rate:  # not every backbone has it
+                kwargs["drop_path_rate"] = drop_path_rate
+            model = create_model(arch, num_classes=0, **kwargs)
         except TypeError as error:
             raise InputError(f"{arch} does not take these arguments: {error}") from error
         model.prune_intermediate_layers(list(self.out_indices), prune_norm=True)

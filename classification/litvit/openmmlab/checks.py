@@ -11,8 +11,8 @@ from mmengine.dataset import Compose
 from PIL import Image
 from torch import nn
 
-from litvit.errors import InputError
-from litvit.openmmlab.errors import SampleError, is_from_user_code, one_line
+from litvit.errors import InputError, is_from_user_code
+from litvit.openmmlab.errors import SampleError, one_line
 
 FIX_CLASSES = "set the datasets' metainfo=dict(classes=...) and the heads' num_classes to those of the annotations"
 

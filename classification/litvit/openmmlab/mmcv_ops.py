@@ -1,8 +1,8 @@
 """Stand-ins for mmcv's compiled operators, backed by torchvision, on CPUs and GPUs.
 
 `mmcv.ops` is Python around one compiled module, `mmcv._ext`. That module takes minutes to compile, fits one version of
-torch, and has GPU operators only if a CUDA toolkit was installed. The detectors and segmentors of this project need
-three of its operators, and torchvision's wheels have the means for them: NMS, RoIAlign and focal loss.
+torch, and has GPU operators only if a CUDA toolkit was installed. The detectors and segmentors of this project
+use few of its operators, and torchvision's wheels have the means for them: NMS, Soft-NMS, RoIAlign and focal loss.
 
 `provide_operators` replaces `mmcv._ext` by a module of stand-ins where mmcv lacks it. It has to run before
 `mmcv.ops` is imported; importing `litvit.openmmlab` does that.

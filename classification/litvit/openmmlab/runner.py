@@ -9,19 +9,23 @@ from typing import Any
 import torch
 from mmengine import runner as mmengine_runner
 from mmengine.config import Config
-from mmengine.dist import is_distributed, is_main_process
+from mmengine.dist import is_distributed, is_main_process, master_only
 from mmengine.evaluator import Evaluator
+from mmengine.hooks import LoggerHook
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from litvit.errors import InputError
+from litvit.errors import InputError, is_from_user_code
 from litvit.openmmlab import checks
 from litvit.openmmlab.backbones import MMBackbone
 from litvit.openmmlab.checkpoints import latest_checkpoint, load_checkpoint_checked, unwrap
-from litvit.openmmlab.errors import is_from_user_code, one_line
+from litvit.openmmlab.errors import one_line
 from litvit.openmmlab.mmcv_ops import provide_operators
+
+# mmengine has every process write the results of a test into the same file, at the same time.
+LoggerHook.after_test_epoch = master_only(LoggerHook.after_test_epoch)
 
 
 class _Runner(mmengine_runner.Runner):
@@ -91,7 +95,8 @@ class _Runner(mmengine_runner.Runner):
             if is_from_user_code(error):
                 raise
             file = dataloader.get("dataset", {}).get("ann_file", "") if isinstance(dataloader, dict) else ""
-            problem = f"cannot read the data set {file}" if file else "the dataloader does not fit"
+            is_data = file and "DataLoader" not in str(error)
+            problem = f"cannot read the data set {file}" if is_data else "the dataloader does not fit"
             raise InputError(f"{problem}: {one_line(error)}") from error
         for dataset in checks.base_datasets(built.dataset):
             checks.check_classes(dataset, unwrap(self.model))

@@ -23,11 +23,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 from litvit import cli
-from litvit.errors import InputError
+from litvit.errors import InputError, is_from_user_code
 from litvit.memory import keep_freed_memory
 from litvit.openmmlab.checkpoints import load_checkpoint_checked, local_rank
-from litvit.openmmlab.errors import SampleError, is_from_user_code, one_line
-from litvit.training.model import choose_device
+from litvit.openmmlab.errors import SampleError, one_line
+from litvit.processes import choose_device
 
 # Flags of mmdet 2 and mmseg 0.x that the papers' commands use.
 _OLD_FLAGS = {

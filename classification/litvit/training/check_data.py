@@ -1,22 +1,23 @@
 """Decode every image of a data folder before a run: python -m litvit.training.check_data DATA_DIR."""
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from litvit.cli import ArgumentParser, run
+from litvit.cli import ArgumentParser, import_modules, run
+from litvit.data.dataset import Images
+from litvit.data.loader import default_workers
+from litvit.data.readers import DataConfig, open_train_and_val
 from litvit.errors import InputError
-from litvit.training.data import open_train_and_val
-from litvit.training.loaders import loader_workers
-from litvit.training.recipe import HelpFormatter, add_data_flags
-from litvit.training.samples import Images
+from litvit.settings import add_flags, take
+from litvit.training.flags import HelpFormatter
+from litvit.training.model import ModelConfig
 
 
 class _Decoded(Dataset):
-    """For every image of a data set, why it cannot be decoded, or an empty string."""
+    """For every image of a data set, the reason why it cannot be decoded, or an empty string."""
 
     def __init__(self, images: Images):
         self.images = images
@@ -36,15 +37,15 @@ def unreadable_images(images: Images, workers: int, name: str = "images") -> lis
     """Decode all images, in parallel, with a progress bar.
 
     Args:
-        images: from `open_images`.
-        workers: processes.
-        name: what the bar shows.
+        images: Images from `open_images`.
+        workers: Number of processes.
+        name: Label of the progress bar.
 
     Returns:
-        A line for each image that cannot be decoded.
+        One line per image that cannot be decoded.
     """
     images.transform = lambda _: None
-    # one thread a process, and no tensors: lists of strings come back
+    # One thread per process, and no tensors: lists of strings come back.
     loader = DataLoader(_Decoded(images), batch_size=64, num_workers=workers, collate_fn=list)
     torch.set_num_threads(1)
     found = []
@@ -56,7 +57,7 @@ def unreadable_images(images: Images, workers: int, name: str = "images") -> lis
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check train/ and val/. Returns 0 if every image decodes, else 1."""
+    """Check train/ and val/. Returns 0 if every image can be decoded, else 1."""
     parser = ArgumentParser(
         prog="python -m litvit.training.check_data",
         usage="%(prog)s DATA_DIR [flags]",
@@ -65,18 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("data_dir", metavar="DATA_DIR", help="folder with train/ and val/, as for train.py")
-    add = add_data_flags(parser)
-    add("--train-split", default="train", metavar="NAME", help="subfolder, .tar or split to train on (train)")
-    parser.set_defaults(in_chans=3, seed=0, train_num_samples=None)
-    settings: argparse.Namespace = parser.parse_args(argv)
-    train, val, num_classes = open_train_and_val(settings)
+    names = ("dataset", "val_split", "class_map", "num_classes", "workers", "train_split")
+    add_flags(parser, DataConfig, only=names)
+    add_flags(parser, ModelConfig, only=("imports",))
+    settings = parser.parse_args(argv)
+    import_modules(settings.imports)
+    config = take(DataConfig, vars(settings))
+    train, val, num_classes = open_train_and_val(config)
+    workers = default_workers() if config.workers is None else config.workers
     bad = []
     for name, images in (("train", train), ("val", val)):
         if not isinstance(images, Images):
-            raise InputError(
-                f"--dataset {settings.dataset} is a stream: only folders, .tar files and hfds/ are checked"
-            )
-        bad += unreadable_images(images, loader_workers(settings), name)
+            raise InputError(f"--dataset {config.dataset} is a stream: only folders, .tar files and hfds/ are checked")
+        bad += unreadable_images(images, workers, name)
     for line in bad:
         print(line)
     print(f"{len(train)} + {len(val)} images in {num_classes} classes: {len(bad)} cannot be decoded")

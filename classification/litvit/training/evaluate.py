@@ -20,20 +20,20 @@ def evaluate(
     real_labels: RealLabelsImagenet | None = None,
     after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Evaluate a classifier in eval mode; its mode is put back.
+    """Evaluate a classifier in eval mode, and restore its mode.
 
     Args:
-        model: images (B, C, H, W) to logits (B, num_classes).
-        loader: batches of images and classes, e.g. `eval_loader`'s.
-        device: where the counts are kept.
-        autocast: makes the context of mixed precision.
-        distributed: sum the counts over all processes.
-        real_labels: also count by these labels (ImageNet-Real; not with `distributed`).
-        after_batch: called after every batch.
+        model: Model from images (B, C, H, W) to logits (B, num_classes).
+        loader: Batches of images and classes, such as `eval_loader`'s.
+        device: Device of the counts.
+        autocast: Function that makes the context of mixed precision.
+        distributed: Whether the counts are summed over all processes.
+        real_labels: Labels of ImageNet-Real to count by too; not with `distributed`.
+        after_batch: Function that is called after every batch.
 
     Returns:
-        loss (mean cross-entropy), top1 and top5 in percent, images_per_second (over all processes), and real_top1,
-        real_top5 where `real_labels` is given.
+        loss (mean cross-entropy), top1 and top5 in percent, images_per_second (over all processes), and real_top1 and
+        real_top5 if `real_labels` is given.
     """
     was_training = model.training
     model.eval()
@@ -48,7 +48,7 @@ def evaluate(
                 real_labels.add_result(logits)
             if after_batch is not None:
                 after_batch()
-        metrics = dict(evaluator.compute(distributed))  # reads the counts: waits for the device
+        metrics = dict(evaluator.compute(distributed))  # reads the counts, so it waits for the device
     seconds = time.perf_counter() - start
     model.train(was_training)
     processes = torch.distributed.get_world_size() if distributed else 1

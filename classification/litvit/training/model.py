@@ -1,11 +1,13 @@
-"""A model and its precision, as the flags of train.py and validate.py name them."""
+"""A model, the images that it takes, and the precision that it runs in."""
 
 import argparse
+import ast
 import contextlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -13,97 +15,151 @@ from timm.data import resolve_data_config
 from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
-from litvit.errors import InputError
+from litvit.errors import InputError, is_from_user_code
 from litvit.models.backbone import Backbone
+from litvit.settings import setting
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
 
 
-def build_model(settings: argparse.Namespace, num_classes: int) -> nn.Module:
-    """Create the model that the settings name.
+def key_value(text: str) -> tuple[str, Any]:
+    """Parse `key=value`. The value is a Python literal (numbers, lists, True), else a string. Tuples become lists."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE")
+    try:
+        literal = ast.literal_eval(value)
+        return key, list(literal) if isinstance(literal, tuple) else literal  # as a YAML file would give it back
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model and its images."""
+
+    model: str | None = setting(None, "NAME", "lit_ti, lit_s, lit_m, lit_b, lvt, or any of timm's")
+    imports: Sequence[str] = setting(
+        (), "MODULE", "modules of your own that register models and the like", "--import", nargs="+"
+    )
+    img_size: int | None = setting(None, "N", "pixels per side (the model's own; ours: 224)")
+    in_chans: int = setting(3, "N", "image channels")
+    model_kwargs: dict[str, Any] = setting({}, "K=V", "further arguments of the model", nargs="*", type=key_value)
+    crop_pct: float | None = setting(None, "X", "crop / resize of validation (the model's own)")
+    interpolation: str | None = setting(None, "NAME", "interpolation of validation (the model's own)")
+    mean: Sequence[float] | None = setting(None, "X", "mean for normalisation (the model's own)", nargs="+")
+    std: Sequence[float] | None = setting(None, "X", "standard deviation of it (the model's own)", nargs="+")
+    drop: float = setting(0.0, "P", "dropout before the classifier", training=True)
+    drop_path: float = setting(0.0, "P", "stochastic depth rate of the last block", training=True)
+    initial_checkpoint: str | None = setting(
+        None, "FILE", "weights to start from; the classifier may be for other classes", training=True
+    )
+    grad_checkpointing: bool = setting(False, None, "recompute blocks in the backward pass: less memory", training=True)
+    sync_bn: bool = setting(False, None, "BatchNorm statistics over all GPUs", training=True)
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Mixed precision, compilation, and the average of weights."""
+
+    amp: bool = setting(
+        False, None, "mixed precision (old names work)", "--amp", "--apex-amp", "--native-amp", action="store_true"
+    )
+    amp_dtype: str = setting("float16", None, "float16 (GPU only), bfloat16", choices=["float16", "bfloat16"])
+    torchcompile: str | None = setting(None, "BACKEND", "compile the model (inductor)", nargs="?", const="inductor")
+    model_ema: bool = setting(False, None, "average the weights; validation uses the average", training=True)
+    model_ema_decay: float = setting(0.9998, "X", "decay of the average", training=True)
+    model_ema_warmup: bool = setting(False, None, "let the decay rise at the start", training=True)
+
+    def autocast(self, device: torch.device) -> Callable[[], AbstractContextManager]:
+        """Return a function that makes the context of a forward pass.
+
+        float16 is for GPUs: on a CPU, a recipe that asks for it trains in float32.
+        """
+        if not self.amp or (self.amp_dtype == "float16" and device.type == "cpu"):
+            return contextlib.nullcontext
+        return partial(torch.autocast, device.type, getattr(torch, self.amp_dtype))
+
+    def grad_scaler(self, device: torch.device) -> torch.amp.GradScaler | None:
+        """Return the loss scaling of float16 on a GPU, None where it is not needed."""
+        scaled = self.amp and self.amp_dtype == "float16" and device.type == "cuda"
+        return torch.amp.GradScaler(device.type) if scaled else None
+
+    def describe(self, device: torch.device) -> str:
+        """Name the precision for a log line."""
+        if self.amp and self.amp_dtype == "float16" and device.type == "cpu":
+            return "float32 (float16 needs a GPU; --amp-dtype bfloat16 works on a CPU)"
+        return self.amp_dtype if self.amp else "float32"
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Create a model.
 
     Args:
-        settings: `model`, `img_size`, `in_chans`, `model_kwargs`, and where there are `drop`, `drop_path`,
-            `grad_checkpointing`.
-        num_classes: of the classifier.
+        config: Model to create.
+        num_classes: Number of classes.
 
     Raises:
-        InputError: the model does not take one of the settings.
+        InputError: arguments that the model does not take. An exception in a model of your own is raised unchanged.
     """
     kwargs = {
-        "img_size": settings.img_size,
-        "drop_rate": getattr(settings, "drop", None) or None,
-        "drop_path_rate": getattr(settings, "drop_path", None) or None,
-        **settings.model_kwargs,
+        "img_size": config.img_size,
+        "drop_rate": config.drop or None,
+        "drop_path_rate": config.drop_path or None,
+        **config.model_kwargs,
     }
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if "features_only" in kwargs:
-        raise InputError("features_only is no classifier: leave it out of --model-kwargs")
+        raise InputError("features_only is not a classifier: leave it out of --model-kwargs")
+    takes_any_size = False
     try:
-        model = timm.create_model(settings.model, num_classes=num_classes, in_chans=settings.in_chans, **kwargs)
-        if isinstance(model, Backbone) and settings.img_size and settings.img_size < 32:
-            raise InputError(f"images must have 32 pixels or more, not --img-size {settings.img_size}")
-        if getattr(settings, "grad_checkpointing", False):
+        model = timm.create_model(config.model, num_classes=num_classes, in_chans=config.in_chans, **kwargs)
+        if isinstance(model, Backbone) and config.img_size and config.img_size < Backbone.total_stride:
+            raise InputError(
+                f"images must have {Backbone.total_stride} pixels or more, not --img-size {config.img_size}"
+            )
+        if config.grad_checkpointing and not hasattr(model, "set_grad_checkpointing"):
+            raise InputError(f"--grad-checkpointing: {config.model} has no set_grad_checkpointing")
+        if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
     except TypeError as error:
-        if "img_size" in kwargs and "img_size" in str(error):  # a model that takes any size
-            del kwargs["img_size"]
-            return build_model(argparse.Namespace(**{**vars(settings), "img_size": None}), num_classes)
-        raise InputError(f"{settings.model}: {error}") from None
+        takes_any_size = bool(config.img_size) and "unexpected keyword argument 'img_size'" in str(error)
+        if not takes_any_size and is_from_user_code(error):
+            raise
+        if not takes_any_size:
+            raise InputError(f"{config.model}: {error}; is it in --model-kwargs?") from error
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise InputError(f"{settings.model}: {' '.join(str(error).split())}") from None
-    return model
+        if is_from_user_code(error):
+            raise
+        raise InputError(f"{config.model}: {' '.join(str(error).split())}") from error
+    # Here, so that an error of the second try does not carry the first one's traceback.
+    return build_model(replace(config, img_size=None), num_classes) if takes_any_size else model
 
 
-def data_settings(settings: argparse.Namespace, model: nn.Module) -> dict:
-    """timm's data configuration (input_size, mean, std, interpolation, crop_pct) from settings and model.
+def data_settings(config: ModelConfig, model: nn.Module) -> dict:
+    """Return timm's data configuration: input_size, mean, std, interpolation and crop_pct.
+
+    Args:
+        config: Settings that have precedence over the model's own.
+        model: Model whose settings fill the rest.
 
     Raises:
-        InputError: mean or std for other channels, or that no image can be normalised with.
+        InputError: a mean or std for other channels, or that no image can be normalised with.
     """
     for name in ("mean", "std"):
-        values = getattr(settings, name)
-        if values is not None and len(values) not in (1, settings.in_chans):
-            raise InputError(f"--{name} has {len(values)} values, the images {settings.in_chans} channels (--in-chans)")
-    if settings.std is not None and min(settings.std) <= 0:
-        raise InputError(f"--std must be positive, not {settings.std}")
-    if settings.crop_pct is not None and settings.crop_pct <= 0:
-        raise InputError(f"--crop-pct must be positive, not {settings.crop_pct}")
-    config = resolve_data_config(vars(settings), model=model)
+        values = getattr(config, name)
+        if values is not None and len(values) not in (1, config.in_chans):
+            raise InputError(f"--{name} has {len(values)} values, the images {config.in_chans} channels (--in-chans)")
+    if config.std is not None and min(config.std) <= 0:
+        raise InputError(f"--std must be positive, not {config.std}")
+    if config.crop_pct is not None and config.crop_pct <= 0:
+        raise InputError(f"--crop-pct must be positive, not {config.crop_pct}")
+    data_config = resolve_data_config(asdict(config), model=model)
     for name in ("mean", "std"):
-        if len(config[name]) != settings.in_chans:
+        if len(data_config[name]) != config.in_chans:
             raise InputError(
-                f"--in-chans {settings.in_chans} needs --mean and --std: the model's have {len(config[name])}"
+                f"--in-chans {config.in_chans} needs --mean and --std: the model's have {len(data_config[name])}"
             )
-    if config["interpolation"] not in INTERPOLATIONS:
-        raise InputError(f"--interpolation is one of {', '.join(INTERPOLATIONS)}, not {config['interpolation']}")
-    return config
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device that `--device` names, by default CUDA where there is one.
-
-    Raises:
-        InputError: torch does not know it, or the machine does not have it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "meta":
-            raise RuntimeError("a model cannot compute there")
-        if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
-            torch.empty(0, device=device)
-        elif int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():  # each process gets a GPU of its own, later
-            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs, fewer than there are processes")
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
-    return device
-
-
-def autocast_context(settings: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """What to run a forward pass in: mixed precision as `amp` and `amp_dtype` say, or nothing.
-
-    float16 is a GPU's: on a CPU, a recipe that asks for it trains in float32.
-    """
-    if not settings.amp or (settings.amp_dtype == "float16" and device.type == "cpu"):
-        return contextlib.nullcontext
-    return partial(torch.autocast, device.type, getattr(torch, settings.amp_dtype))
+    if data_config["interpolation"] not in INTERPOLATIONS:
+        raise InputError(f"--interpolation is one of {', '.join(INTERPOLATIONS)}, not {data_config['interpolation']}")
+    return data_config

@@ -1,44 +1,89 @@
 """Parameter groups, learning rates and schedule of the published recipes, on timm's optimizers and schedulers."""
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from litvit.dtm import DeformableTokenMerging
+from litvit.dtm import offset_parameters
 from litvit.errors import InputError
+from litvit.settings import setting
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    epochs: int = setting(300, "N", "epochs of the schedule, including the warm-up")
+    warmup_epochs: int = setting(5, "N", "epochs of linear warm-up from --warmup-lr")
+    cooldown_epochs: int = setting(0, "N", "further epochs at --min-lr")
+    opt: str = setting("adamw", "NAME", "optimizer of timm")
+    opt_eps: float | None = setting(None, "X", "epsilon of the optimizer")
+    opt_betas: Sequence[float] | None = setting(None, "X", "betas of the optimizer", nargs="+")
+    momentum: float = setting(0.9, "X", "momentum of the optimizer, if it has one")
+    weight_decay: float = setting(0.05, "X", "none on 1-D parameters and the model's exceptions")
+    layer_decay: float | None = setting(None, "X", "learning rate factor per layer, from the last (fine-tuning)")
+    offset_lr_scale: float = setting(0.01, "X", "learning rate factor of merging offsets")
+    clip_grad: float | None = setting(None, "NORM", "largest norm of the gradients")
+    grad_accum_steps: int = setting(1, "N", "micro-batches per optimizer step")
+    lr: float | None = setting(None, "X", "learning rate (--lr-base x total batch / --lr-base-size)")
+    lr_base: float = setting(5e-4, "X", "learning rate at --lr-base-size")
+    lr_base_size: int = setting(512, "N", "total batch of --lr-base and --*-lr-base")
+    min_lr: float = setting(1e-5, "X", "final learning rate")
+    min_lr_base: float | None = setting(None, "X", "the same, scaled with the total batch")
+    warmup_lr: float = setting(1e-6, "X", "first learning rate")
+    warmup_lr_base: float | None = setting(None, "X", "the same, scaled with the total batch")
+    sched: str = setting("cosine", "NAME", "scheduler of timm")
+    sched_on_updates: bool = setting(False, None, "step the scheduler every step, not every epoch")
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, offset_lr_scale: float = 0.01, layer_decay: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    lr: float,
+    offset_lr_scale: float = 0.01,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Group parameters by weight decay and learning rate factor.
+    """Group parameters by weight decay and learning rate, for optimizers of torch.
+
+    Schedulers of torch that multiply each group's rate keep the ratio. Those that set the same rate for all groups do
+    not: OneCycleLR takes a list of `max_lr`, and a smallest rate such as `eta_min` is the same for all.
 
     No decay on 1-D parameters, biases and what `model.no_weight_decay()` names. The offset convolutions of the merging
-    modules, weight and bias, learn at `offset_lr_scale` times the learning rate of the rest: schedulers of timm apply a
-    group's `lr_scale` at every step.
+    modules, weight and bias, learn at `offset_lr_scale` times the learning rate of the rest.
 
     Args:
-        model: any timm model.
-        weight_decay: of the decayed groups.
-        offset_lr_scale: 0.01 as published.
-        layer_decay: learning rate factor a layer, counted from the last; None for none.
+        model: Any model of timm's interface.
+        weight_decay: Weight decay of the decayed groups.
+        lr: Learning rate of the parameters that have no factor of their own.
+        offset_lr_scale: Learning rate factor of the offsets, 0.01 as published.
+        layer_decay: Learning rate factor per layer, counted from the last; None for none.
 
     Returns:
-        Groups for an optimizer.
+        Groups with a learning rate each.
     """
+    groups = _scaled_groups(model, weight_decay, offset_lr_scale, layer_decay)
+    for group in groups:
+        group["lr"] = lr * group.pop("lr_scale")
+    return groups
+
+
+def _scaled_groups(
+    model: nn.Module, weight_decay: float, offset_lr_scale: float, layer_decay: float | None
+) -> list[dict[str, Any]]:
+    """Group parameters as `parameter_groups` does, with an `lr_scale` each, which timm's schedulers alone apply."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
     else:
         groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
-    merging = (module for module in model.modules() if isinstance(module, DeformableTokenMerging))
-    offsets = {id(parameter) for module in merging for parameter in module.offset.parameters()}
+    offsets = set(map(id, offset_parameters(model)))
     split = []
     for group in groups:
         scale = group.get("lr_scale", 1.0)
@@ -50,93 +95,96 @@ def parameter_groups(
     return split
 
 
-def learning_rates(settings: argparse.Namespace, total_batch: int) -> dict[str, float]:
-    """Learning rates of a run: peak, first and last.
+def learning_rates(config: OptimConfig, total_batch: int) -> dict[str, float]:
+    """Return the learning rates of a run: peak, first and last.
 
-    `lr` outright, or `lr_base` scaled linearly with the total batch; `warmup_lr` and `min_lr` outright, or their
-    `*_base` scaled alike where the recipe has one.
+    The peak is `lr`, or `lr_base` scaled linearly with the total batch. The others are `warmup_lr` and `min_lr`, or
+    `warmup_lr_base` and `min_lr_base` scaled in the same way if they are set.
 
     Args:
-        settings: flags of train.py.
-        total_batch: images an update, over all processes and passes.
+        config: Optimizer and schedule.
+        total_batch: Number of images per optimizer step, over all processes and micro-batches.
 
     Returns:
         `lr`, `warmup_lr`, `min_lr`.
     """
-    scale = total_batch / settings.lr_base_size
+    scale = total_batch / config.lr_base_size
 
-    def outright_or_scaled(value: float | None, base: float | None) -> float:
+    def fixed_or_scaled(value: float | None, base: float | None) -> float:
         return base * scale if base is not None else value
 
     return {
-        "lr": settings.lr if settings.lr is not None else settings.lr_base * scale,
-        "warmup_lr": outright_or_scaled(settings.warmup_lr, settings.warmup_lr_base),
-        "min_lr": outright_or_scaled(settings.min_lr, settings.min_lr_base),
+        "lr": config.lr if config.lr is not None else config.lr_base * scale,
+        "warmup_lr": fixed_or_scaled(config.warmup_lr, config.warmup_lr_base),
+        "min_lr": fixed_or_scaled(config.min_lr, config.min_lr_base),
     }
 
 
-def create_optimizer(model: nn.Module, settings: argparse.Namespace, lr: float) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, over `parameter_groups`.
+def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """Create an optimizer with the groups of `parameter_groups`, for a scheduler of `create_scheduler`.
+
+    Args:
+        model: Model to train.
+        config: Optimizer and schedule.
+        lr: Peak learning rate.
 
     Raises:
         InputError: timm knows no such optimizer, or it does not take an option that was given.
     """
-    groups = parameter_groups(
-        model, settings.weight_decay, offset_lr_scale=settings.offset_lr_scale, layer_decay=settings.layer_decay
-    )
-    options = {"eps": settings.opt_eps, "betas": tuple(settings.opt_betas) if settings.opt_betas else None}
-    if settings.opt.lower() in ("adam", "adamw"):
-        options["fused"] = True  # torch's one-kernel step: a sixth of a small model's update on a CPU
+    groups = _scaled_groups(model, config.weight_decay, config.offset_lr_scale, config.layer_decay)
+    options = {"eps": config.opt_eps, "betas": tuple(config.opt_betas) if config.opt_betas else None}
+    if config.opt.lower() in ("adam", "adamw"):
+        options["fused"] = True  # one kernel per step: a sixth of a small model's step on a CPU
     try:
         return create_optimizer_v2(
             groups,
-            opt=settings.opt,
+            opt=config.opt,
             lr=lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
             **{name: value for name, value in options.items() if value is not None},
         )
     except (ValueError, TypeError, AssertionError, IndexError) as error:
-        raise InputError(f"--opt {settings.opt}: {error}") from None
+        raise InputError(f"--opt {config.opt}: {error}") from error
 
 
 def create_scheduler(
-    optimizer: torch.optim.Optimizer, settings: argparse.Namespace, rates: dict[str, float], updates_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: OptimConfig, rates: dict[str, float], steps_per_epoch: int
 ) -> tuple[Scheduler, int]:
-    """The schedule that the settings name.
+    """Create a scheduler.
 
     Args:
-        optimizer: at the peak learning rate.
-        settings: flags of train.py.
-        rates: from `learning_rates`.
-        updates_per_epoch: optimizer updates an epoch.
+        optimizer: Optimizer at the peak learning rate.
+        config: Optimizer and schedule.
+        rates: Learning rates from `learning_rates`.
+        steps_per_epoch: Number of optimizer steps per epoch.
 
     Returns:
-        Scheduler, and the number of epochs with the cool-down.
+        Scheduler, and the number of epochs including the cool-down.
 
     Raises:
         InputError: timm knows no such scheduler, or a warm-up as long as the schedule.
     """
-    if settings.warmup_epochs >= settings.epochs and settings.sched != "none":
+    if config.warmup_epochs >= config.epochs and config.sched != "none":
         raise InputError(
-            f"--warmup-epochs {settings.warmup_epochs} leaves nothing of --epochs {settings.epochs}: make it shorter"
+            f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}: make it shorter"
         )
-    if settings.sched == "plateau":
+    if config.sched == "plateau":
         raise InputError("--sched plateau depends on what a resumed run has forgotten: choose another")
     try:
         scheduler, epochs = create_scheduler_v2(
             optimizer,
-            sched=settings.sched,
-            num_epochs=settings.epochs,
-            warmup_epochs=settings.warmup_epochs,
-            cooldown_epochs=settings.cooldown_epochs,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            cooldown_epochs=config.cooldown_epochs,
             warmup_lr=rates["warmup_lr"],
             min_lr=rates["min_lr"],
-            step_on_epochs=not settings.sched_on_updates,
-            updates_per_epoch=updates_per_epoch,
+            step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=steps_per_epoch,
         )
     except ValueError as error:
-        raise InputError(f"--sched {settings.sched}: {error}") from None
+        raise InputError(f"--sched {config.sched}: {error}") from error
     if scheduler is None:
-        raise InputError(f"--sched {settings.sched}: name one of timm's (cosine, step, poly, constant ...)")
+        raise InputError(f"--sched {config.sched}: name one of timm's (cosine, step, poly, constant ...)")
     return scheduler, epochs

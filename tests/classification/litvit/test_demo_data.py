@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from litvit import demo_data
 from litvit.demo_data import SceneSettings, Settings, build, draw_scene, source_digits
 from litvit.demo_data.__main__ import main
+from litvit.demo_data.layouts import TASKS
 from litvit.errors import InputError
 
 SMALL = Settings(train_per_class=3, val_per_class=2, image_size=48)
@@ -169,66 +170,44 @@ def test_complete_set_is_left_alone(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_broken_or_other_set_is_built_anew(tmp_path):
+def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TASKS[SMALL.task], "write_indices", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "demo", SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_a_set_is_refused_and_kept(tmp_path):
     build(tmp_path, SMALL)
-    whole = contents(tmp_path)
-
-    # As an interrupted build leaves it: the marker says so, a picture is cut short, others are missing.
-    marker = json.loads((tmp_path / demo_data.MARKER).read_text())
-    (tmp_path / demo_data.MARKER).write_text(json.dumps(marker | {"complete": False}))
-    (tmp_path / "train" / "0" / "00001.png").write_bytes(b"\x89PNG")
-    (tmp_path / "val" / "9" / "00000.png").unlink()
-    assert build(tmp_path, SMALL)
-    assert contents(tmp_path) == whole
-
     (tmp_path / "train" / "3" / "00000.png").unlink()
-    assert build(tmp_path, SMALL)
-    assert contents(tmp_path) == whole
-
-    fewer = Settings(train_per_class=1, val_per_class=1, image_size=48)
-    assert build(tmp_path, fewer)
-    assert len(contents(tmp_path)) == 20 + 1
-
-    assert build(tmp_path, replace(DETECTION, train=2, val=1))
-    assert len(contents(tmp_path)) == 3 * 2 + 4 + 1
-    (tmp_path / "annotations" / "panoptic_val2017.json").unlink()
-    assert build(tmp_path, replace(DETECTION, train=2, val=1))
-    assert build(tmp_path, replace(SEGMENTATION, train=2, val=1))
-    assert len(contents(tmp_path)) == 3 * 2 + 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", demo_data.MARKER, "images"]
-    assert not build(tmp_path, replace(SEGMENTATION, train=2, val=1))
-
-
-def test_foreign_folders_are_refused_and_kept(tmp_path):
-    (tmp_path / "train" / "0").mkdir(parents=True)
-    (tmp_path / "train" / "0" / "00000.png").write_bytes(b"mine")
-    with pytest.raises(InputError, match="no demo data"):
-        build(tmp_path, SMALL)
-    assert contents(tmp_path) == {"train/0/00000.png": b"mine"}
-
-
-def test_foreign_files_in_a_set_are_refused_and_kept(tmp_path):
-    build(tmp_path, SMALL)
-    (tmp_path / "train" / "0" / "cat.jpg").write_bytes(b"mine")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=r"cat\.jpg' is not part of the demo data"):
-        build(tmp_path, Settings(1, 1, 48))
+    with pytest.raises(InputError, match="or a part of it: remove it"):
+        build(tmp_path, SMALL)
     assert contents(tmp_path) == before
 
 
-def test_links_in_a_set_are_not_followed(tmp_path):
-    elsewhere = tmp_path / "elsewhere"
+def test_an_empty_folder_is_filled(tmp_path):
+    assert build(tmp_path, SMALL)
+    assert not build(tmp_path, SMALL)
+
+
+def test_other_files_and_other_sets_are_refused_and_kept(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "00000.png").write_bytes(b"mine")
     build(tmp_path / "demo", SMALL)
-    (tmp_path / "demo" / "val").rename(elsewhere)
-    (tmp_path / "demo" / "val").symlink_to(elsewhere)
-    with pytest.raises(InputError, match="not part of the demo data"):
-        build(tmp_path / "demo", Settings(1, 1, 48))
-    assert len(contents(elsewhere)) == 20
+    for folder in (tmp_path / "mine", tmp_path / "demo"):
+        before = contents(folder)
+        with pytest.raises(InputError, match="holds other files, demo data of other settings"):
+            build(folder, replace(DETECTION, train=2, val=1))
+        assert contents(folder) == before
 
 
 def test_file_in_place_of_folder(tmp_path):
     (tmp_path / "demo").write_text("a file")
-    with pytest.raises(InputError, match="cannot write the demo data"):
+    with pytest.raises(InputError, match="is a file: name a folder"):
         build(tmp_path / "demo", SMALL)
 
 
@@ -298,7 +277,7 @@ def test_scenes_vary():
 
 
 def test_demo_picture_is_the_one_in_the_repository(tmp_path):
-    demo_data.save_picture(tmp_path / "drawn.JPEG")
+    demo_data.save_image(tmp_path / "drawn.JPEG")
     shipped = Path(demo_data.__file__).parents[2] / "visualization" / "demo.JPEG"
     with Image.open(tmp_path / "drawn.JPEG") as drawn, Image.open(shipped) as kept:
         assert kept.size == drawn.size == (448, 448)
@@ -310,12 +289,12 @@ def test_demo_picture_is_the_one_in_the_repository(tmp_path):
 def test_command_line(tmp_path, capsys):
     argv = [str(tmp_path / "demo"), "--train-per-class", "2", "--val-per-class", "1", "--image-size", "32", "-j", "1"]
     main(argv)
-    assert "20 training and 10 validation pictures" in capsys.readouterr().out
+    assert "20 training and 10 validation images" in capsys.readouterr().out
     main(argv)
     assert "already there" in capsys.readouterr().out
     for task in ("detection", "segmentation"):
         main([str(tmp_path / task), "--task", task, "--train", "2", "--val", "1", "--image-size", "96", "-j", "2"])
-        assert "2 training and 1 validation pictures" in capsys.readouterr().out
+        assert "2 training and 1 validation images" in capsys.readouterr().out
         assert len(contents(tmp_path / task)) > 6
 
 
@@ -329,8 +308,8 @@ def test_command_line(tmp_path, capsys):
         (["--task", "pose"], "invalid choice: 'pose'"),
         (["--task", "detection", "--image-size", "64"], "--image-size is 64, but must be at least 96"),
         (["--task", "segmentation", "--val", "0"], "--val is 0, but must be at least 1"),
-        (["--train", "5"], "--train is not for --task classification, whose pictures --train-per-class and"),
-        (["--task", "detection", "--val-per-class", "5"], "pictures --train and --val count"),
+        (["--train", "5"], "--train is not for --task classification, which has --train-per-class and"),
+        (["--task", "detection", "--val-per-class", "5"], "which has --train and --val"),
     ],
 )
 def test_wrong_flags(tmp_path, flags, message):

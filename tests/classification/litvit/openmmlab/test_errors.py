@@ -5,7 +5,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS
 
-from litvit.openmmlab.errors import is_from_user_code
+from litvit.errors import is_from_user_code
 
 MODULE = """
 import torch

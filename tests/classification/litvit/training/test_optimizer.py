@@ -1,6 +1,7 @@
 """Parameter groups, learning rates and schedules against what was published."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 
 import litvit  # noqa: F401
+from litvit.dtm import DeformableTokenMerging
 from litvit.training.optimizer import create_optimizer, create_scheduler, learning_rates, parameter_groups
-from litvit.training.recipe import parse_settings
+from litvit.training.recipe import parse_config
 
 
 def create(model):
@@ -20,10 +22,10 @@ def create(model):
 def groups_by_name(model, **kwargs):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
-    for group in parameter_groups(model, 0.05, **kwargs):
+    for group in parameter_groups(model, 0.05, lr=1.0, **kwargs):
         for parameter in group["params"]:
             assert names[id(parameter)] not in found
-            found[names[id(parameter)]] = group["weight_decay"], group["lr_scale"]
+            found[names[id(parameter)]] = group["weight_decay"], group["lr"]
     assert len(found) == len(names)
     return found
 
@@ -49,27 +51,44 @@ def test_layer_decay_and_offset_factor_multiply():
 
 
 def test_other_models_have_no_offset_groups():
-    assert all(group["lr_scale"] == 1.0 for group in parameter_groups(nn.Linear(2, 2), 0.05))
+    assert all(group["lr"] == 0.5 for group in parameter_groups(nn.Linear(2, 2), 0.05, lr=0.5))
 
 
 @pytest.mark.parametrize("model", ["lit_ti", "lit_s"])
 def test_learning_rates_scale_as_published(model):
-    settings = parse_settings(["data", "--model", model])
+    config = parse_config(["data", "--model", model]).optim
     at_1024 = {"lr": 1e-3, "warmup_lr": 1e-6, "min_lr": 1e-5}
-    assert learning_rates(settings, 1024) == pytest.approx(at_1024)
+    assert learning_rates(config, 1024) == pytest.approx(at_1024)
     at_256 = {"lr": 2.5e-4} | ({"warmup_lr": 2.5e-7, "min_lr": 2.5e-6} if model == "lit_s" else {})
-    assert learning_rates(settings, 256) == pytest.approx(at_1024 | at_256)
-    settings.lr = 0.3
-    assert learning_rates(settings, 256)["lr"] == 0.3
+    assert learning_rates(config, 256) == pytest.approx(at_1024 | at_256)
+    assert learning_rates(replace(config, lr=0.3), 256)["lr"] == 0.3
 
 
-def schedule(model, updates_per_epoch):
-    """Learning rate (of the groups without factor, of the offsets) by epoch or update, as the loop steps it."""
-    settings = parse_settings(["data", "--model", model])
+@pytest.mark.parametrize("scheduler", [None, "cosine"])
+def test_offsets_learn_slowly_with_an_optimizer_of_torch(scheduler):
+    merge = DeformableTokenMerging(8, 8)
+    optimizer = torch.optim.SGD(parameter_groups(merge, 0.0, lr=0.1), lr=123.0)
+    if scheduler:
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+        scheduler.step()
+    before = [parameter.clone() for parameter in (merge.offset.weight, merge.conv.weight)]
+    for parameter in merge.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    offset, conv = (
+        (old - new).mean().item() for old, new in zip(before, (merge.offset.weight, merge.conv.weight), strict=True)
+    )
+    assert offset == pytest.approx(0.01 * conv, rel=1e-3)
+    assert conv == pytest.approx(0.1 * (0.5 + 0.5 * math.cos(math.pi / 4) if scheduler else 1), rel=1e-3)
+
+
+def schedule(model, steps_per_epoch):
+    """Learning rate of the groups without factor by epoch and step, as the trainer steps the schedule."""
+    config = parse_config(["data", "--model", model]).optim
     network = timm.create_model(model, dims=(8, 8, 24, 24), depths=(1, 1, 1, 1), num_heads=(0, 0, 1, 1))
-    rates = learning_rates(settings, 1024)
-    optimizer = create_optimizer(network, settings, rates["lr"])
-    scheduler, epochs = create_scheduler(optimizer, settings, rates, updates_per_epoch)
+    rates = learning_rates(config, 1024)
+    optimizer = create_optimizer(network, config, rates["lr"])
+    scheduler, epochs = create_scheduler(optimizer, config, rates, steps_per_epoch)
 
     def at(epoch, update):
         scheduler.step(epoch)

@@ -1,9 +1,16 @@
 """The four recipes reproduce the published runs; flags override recipes."""
 
 import pytest
+import yaml
 
+from litvit.data.augment import AugmentConfig
+from litvit.data.readers import DataConfig
 from litvit.errors import InputError
-from litvit.training.recipe import RECIPES, build_parser, load_recipe, parse_settings
+from litvit.runs.folder import RunConfig
+from litvit.training.config import Config
+from litvit.training.model import ModelConfig
+from litvit.training.optimizer import OptimConfig
+from litvit.training.recipe import RECIPES, build_parser, load_recipe, parse_config
 
 # The published runs, by the names of our flags (LIT-Ti trains as DeiT and PVT, the others as Swin).
 SHARED = {
@@ -51,7 +58,7 @@ SWIN |= {"warmup_lr_base": 5e-7, "min_lr_base": 5e-6}
     ],
 )
 def test_recipe_is_the_published_run(model, own):
-    settings = vars(parse_settings(["data", "--model", model]))
+    settings = parse_config(["data", "--model", model]).flat()
     expected = {"model": model, **SHARED, **own}
     assert {name: settings[name] for name in expected} == expected
 
@@ -60,26 +67,26 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "model: lit_s\nweight_decay: 1e-2\nmodel_ema: true\nmodel_kwargs: {depths: [1, 1]}\n"
     )
-    settings = parse_settings(["data", "--config", str(tmp_path / "mine.yaml"), "--no-model-ema", "--amp"])
-    assert (settings.model, settings.weight_decay, settings.model_ema, settings.epochs) == ("lit_s", 0.01, False, 300)
-    assert settings.amp is True
-    assert settings.model_kwargs == {"depths": [1, 1]}
-    assert settings.config == str(tmp_path / "mine.yaml")
+    config = parse_config(["data", "--config", str(tmp_path / "mine.yaml"), "--no-model-ema", "--amp"])
+    assert (config.model.model, config.optim.weight_decay, config.optim.epochs) == ("lit_s", 0.01, 300)
+    assert (config.precision.model_ema, config.precision.amp) == (False, True)
+    assert config.model.model_kwargs == {"depths": [1, 1]}
+    assert config.run.config == str(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("flag", ["--amp", "--apex-amp", "--native-amp"])
 def test_old_names_of_mixed_precision(flag):
-    assert parse_settings(["data", "--model", "resnet18", flag]).amp is True
+    assert parse_config(["data", "--model", "resnet18", flag]).precision.amp is True
 
 
 def test_a_model_without_recipe_gets_the_defaults_of_the_flags():
-    settings = parse_settings(["data", "--model", "resnet18"])
-    assert settings.config is None
-    assert (settings.epochs, settings.mixup) == (300, 0.0)
+    config = parse_config(["data", "--model", "resnet18"])
+    assert config.flat() == Config(DataConfig("data"), ModelConfig("resnet18")).flat()
+    assert (config.run.config, config.optim.epochs, config.augment.mixup) == (None, 300, 0.0)
 
 
 def test_no_amp_overrides_a_recipe():
-    assert parse_settings(["data", "--model", "lit_ti", "--no-amp"]).amp is False
+    assert parse_config(["data", "--model", "lit_ti", "--no-amp"]).precision.amp is False
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -107,3 +114,32 @@ def test_wrong_values_name_their_key(tmp_path, text, says):
     with pytest.raises(InputError) as error:
         load_recipe(tmp_path / "wrong.yaml", build_parser())
     assert says in str(error.value)
+
+
+def test_a_recipe_imports_the_module_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "recipe_model.py").write_text(
+        "import timm\n@timm.models.register_model\n"
+        "def recipe_net(**kwargs): return timm.create_model('resnet10t', **kwargs)"
+    )
+    (tmp_path / "own.yaml").write_text("model: recipe_net\nimports: [recipe_model]\n")
+    config = parse_config(["data", "--config", str(tmp_path / "own.yaml"), "--model", "recipe_net"])
+    assert (config.model.model, config.model.imports) == ("recipe_net", ["recipe_model"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ({"run": RunConfig(checkpoint_every="soon")}, "--checkpoint-every 'soon' is neither"),
+        ({"augment": AugmentConfig(mixup=0.8), "data": DataConfig("data", batch_size=3)}, "--batch-size must be even"),
+        ({"optim": OptimConfig(epochs=0)}, "--epochs must be at least 1"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_too(groups, says):
+    with pytest.raises(InputError, match=says):
+        Config(**{"data": DataConfig("data"), "model": ModelConfig("lit_ti"), **groups})
+
+
+def test_a_config_made_in_python_is_the_recipe_that_it_is_saved_as():
+    config = Config(DataConfig("data"), ModelConfig("lit_ti", model_kwargs={"depths": (1, 1, 1, 1)}))
+    assert config.flat() == yaml.safe_load(yaml.safe_dump(config.flat()))

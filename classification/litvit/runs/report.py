@@ -1,4 +1,4 @@
-"""What a run tells while it trains: log lines or a progress bar, TensorBoard, summary.csv."""
+"""Progress of a run: log lines or a progress bar, TensorBoard, summary.csv."""
 
 import contextlib
 import logging
@@ -15,35 +15,35 @@ logger = logging.getLogger("litvit")
 
 
 def set_up_logging(folder: Path | None, primary: bool) -> None:
-    """Send log lines to the terminal and to `folder`/train.log; other processes than the first only warn."""
+    """Send log lines to the terminal and to `folder`/train.log. Processes other than the first log warnings only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and primary:
         handlers.append(logging.FileHandler(folder / "train.log"))
-    logging.raiseExceptions = False  # a full disk under the log file is no reason for a traceback a line
+    logging.raiseExceptions = False  # a full disk under the log file must not give one traceback per line
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=handlers, force=True)
     logger.setLevel(logging.INFO if primary else logging.WARNING)
 
 
 class Report:
-    """Reports one run; does nothing in other processes than the first.
+    """Reports one run, in its first process.
 
     Args:
-        folder: of the run.
-        primary: whether this process reports.
-        start_epoch: later rows of an older summary.csv are dropped.
-        total_updates: updates of the whole run, for the time left.
+        folder: Folder of the run.
+        primary: Whether this process reports.
+        start_epoch: First epoch to come. Later rows of an older summary.csv are dropped.
+        total_steps: Number of optimizer steps of the whole run, for the time left.
     """
 
-    def __init__(self, folder: Path, primary: bool, start_epoch: int, total_updates: int):
+    def __init__(self, folder: Path, primary: bool, start_epoch: int, total_steps: int):
         self.primary = primary
-        self.total_updates = total_updates
+        self.total_steps = total_steps
         self.summary = folder / "summary.csv"
         self.tensorboard = None
         if primary:
             with self._logs_never_stop_a_run():
                 trim_summary(str(self.summary), start_epoch)
                 self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        self.start_time, self.start_update = time.perf_counter(), None
+        self.start_time, self.start_step = time.perf_counter(), None
 
     @contextlib.contextmanager
     def _logs_never_stop_a_run(self) -> Iterator[None]:
@@ -52,66 +52,66 @@ class Report:
         except OSError as error:
             logger.warning("cannot write logs: %s", error)
 
-    def _scalars(self, update: int, **values: float) -> None:
+    def _scalars(self, step: int, **values: float) -> None:
         if self.tensorboard is not None:
             with self._logs_never_stop_a_run():
                 for name, value in values.items():
-                    self.tensorboard.add_scalar(name.replace("_", "/", 1), value, update)
+                    self.tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
 
     def bar(self, epoch: int, epochs: int, total: int, done: int) -> tqdm:
-        """A progress bar of one epoch; it shows nothing where there is no terminal."""
+        """Return a progress bar of one epoch. It shows nothing without a terminal."""
         hidden = not (self.primary and sys.stderr.isatty())
         return tqdm(
-            total=total, initial=done, desc=f"epoch {epoch + 1}/{epochs}", unit="update", disable=hidden, leave=False
+            total=total, initial=done, desc=f"epoch {epoch + 1}/{epochs}", unit="step", disable=hidden, leave=False
         )
 
-    def train(self, bar: tqdm, epoch: int, update: int, loss: float, lr: float, images: int, seconds: float) -> None:
-        """Report training at an update.
+    def train(self, bar: tqdm, epoch: int, step: int, loss: float, lr: float, images: int, seconds: float) -> None:
+        """Report training at a step.
 
         Args:
-            bar: of this epoch.
-            epoch: from 0.
-            update: optimizer updates since the start of the run.
-            loss: mean since the last report.
-            lr: learning rate.
-            images: seen by all processes since the last report.
-            seconds: since then.
+            bar: Progress bar of this epoch.
+            epoch: Index of the epoch, from 0.
+            step: Optimizer steps since the start of the run.
+            loss: Mean loss since the last report.
+            lr: Learning rate.
+            images: Number of images that all processes have seen since the last report.
+            seconds: Time since the last report.
         """
         if not self.primary:
             return
-        if self.start_update is None:  # the first report: its time holds start-up and compilation, the rest does not
-            self.start_time, self.start_update = time.perf_counter(), update
+        if self.start_step is None:  # the time of the first report includes start-up and compilation
+            self.start_time, self.start_step = time.perf_counter(), step
             left = ""
         else:
-            pace = (time.perf_counter() - self.start_time) / max(update - self.start_update, 1)
-            left = f", {_duration(pace * (self.total_updates - update))} left"
+            pace = (time.perf_counter() - self.start_time) / max(step - self.start_step, 1)
+            left = f", {_duration(pace * (self.total_steps - step))} left"
         rate = images / seconds
         bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} images/s{left}")
         if bar.disable:
             logger.info(
-                "epoch %d: update %d/%d, loss %.4f, lr %.3e, %.1f images/s%s",
+                "epoch %d: step %d/%d, loss %.4f, lr %.3e, %.1f images/s%s",
                 epoch + 1,
-                update,
-                self.total_updates,
+                step,
+                self.total_steps,
                 loss,
                 lr,
                 rate,
                 left,
             )
-        self._scalars(update, train_loss=loss, train_lr=lr, train_images_per_second=rate)
+        self._scalars(step, train_loss=loss, train_lr=lr, train_images_per_second=rate)
 
     def epoch(
-        self, epoch: int, update: int, train: dict[str, float], val: dict[str, float], lr: float, best: float
+        self, epoch: int, step: int, train: dict[str, float], val: dict[str, float], lr: float, best: float
     ) -> None:
-        """Report the end of an epoch: a line, a row of summary.csv, TensorBoard.
+        """Report the end of an epoch: a log line, a row of summary.csv, TensorBoard.
 
         Args:
-            epoch: from 0.
-            update: updates since the start of the run.
-            train: training metrics.
-            val: validation metrics.
-            lr: learning rate of the epoch's last update.
-            best: best top-1 so far, percent.
+            epoch: Index of the epoch, from 0.
+            step: Optimizer steps since the start of the run.
+            train: Training metrics.
+            val: Validation metrics.
+            lr: Learning rate of the epoch's last step.
+            best: Best top-1 accuracy so far, in percent.
         """
         if not self.primary:
             return
@@ -124,7 +124,7 @@ class Report:
             val["top5"],
             best,
         )
-        self._scalars(update, **{f"val_{name}": value for name, value in val.items()})
+        self._scalars(step, **{f"val_{name}": value for name, value in val.items()})
         with self._logs_never_stop_a_run():
             update_summary(epoch, train, val, str(self.summary), lr=lr)
             if self.tensorboard is not None:

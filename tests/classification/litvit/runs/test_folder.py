@@ -5,42 +5,43 @@ import torch
 import yaml
 
 from litvit.errors import InputError
-from litvit.training.state import (
+from litvit.runs.folder import (
+    RunConfig,
+    RunFolder,
     load_checkpoint,
-    load_last_checkpoint,
     read_description,
     replace_file,
     resumed_folder,
     save_checkpoint,
-    save_settings,
     save_weights,
 )
 
 
 def test_checkpoint_round_trip(tmp_path):
     state = {"optimizer": {"step": 3}, "state_dict": {"w": torch.arange(3.0)}, "description": {"mean": (0.5, 0.5)}}
-    save_checkpoint(tmp_path, state)
+    save_checkpoint(tmp_path / "last.pth", state)
     loaded = load_checkpoint(tmp_path / "last.pth")
     assert torch.equal(loaded["state_dict"]["w"], torch.arange(3.0))
     assert loaded["description"]["mean"] == (0.5, 0.5)
 
 
 def test_the_checkpoint_before_is_kept(tmp_path):
-    for update in (1, 2, 3):
-        save_checkpoint(tmp_path, {"optimizer": {}, "update": update})
+    folder = RunFolder(RunConfig(output=str(tmp_path.parent), experiment=tmp_path.name), "lit_ti", primary=True)
+    for step in (1, 2, 3):
+        assert folder.save_checkpoint({"optimizer": {}, "update": step})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pth", "previous.pth"]
     assert load_checkpoint(tmp_path / "previous.pth")["update"] == 2
-    assert load_last_checkpoint(tmp_path, set_aside=True)["update"] == 3
+    assert folder.load_last()["update"] == 3
     for name in ("last.pth", "previous.pth"):
         (tmp_path / name).write_bytes(b"damaged")
     for _ in range(2):  # it stays so: no run starts over them
         with pytest.raises(InputError, match="holds no good checkpoint") as error:
-            load_last_checkpoint(tmp_path, set_aside=True)
+            folder.load_last()
         assert "\n" not in str(error.value)
 
 
 def test_every_flipped_bit_of_the_weights_is_noticed(tmp_path):
-    save_checkpoint(tmp_path, {"optimizer": {}, "state_dict": {"w": torch.randn(64)}})
+    save_checkpoint(tmp_path / "last.pth", {"optimizer": {}, "state_dict": {"w": torch.randn(64)}})
     path = tmp_path / "last.pth"
     content = path.read_bytes()
     weights = torch.load(path, weights_only=True)["state_dict"]["w"].numpy().tobytes()
@@ -83,7 +84,8 @@ def test_weights_carry_their_description(tmp_path):
 
 
 def test_settings_are_a_recipe(tmp_path):
-    save_settings(tmp_path / "settings.yaml", {"model": "lit_ti", "lr": 1e-3, "scale": [0.1, 1.0], "model_kwargs": {}})
+    folder = RunFolder(RunConfig(output=str(tmp_path.parent), experiment=tmp_path.name), "lit_ti", primary=True)
+    folder.open({"model": "lit_ti", "lr": 1e-3, "scale": [0.1, 1.0], "model_kwargs": {}})
     assert yaml.safe_load((tmp_path / "settings.yaml").read_text())["scale"] == [0.1, 1.0]
 
 

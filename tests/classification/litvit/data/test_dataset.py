@@ -10,15 +10,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
+from litvit.data.augment import JpegDraftCrop
+from litvit.data.random_streams import Stream, random_stream
+from litvit.data.sampler import EpochSampler
 from litvit.errors import InputError
-from litvit.training.samples import DraftedCrop, EpochBatches, Stream, random_stream
 
 
 def updates(num_images, batch_size, world_size, accum_steps=1, epoch=0, **kwargs):
     """Per update, the samples of all processes."""
     ranks = []
     for rank in range(world_size):
-        batches = EpochBatches(
+        batches = EpochSampler(
             num_images, batch_size, rank=rank, world_size=world_size, accum_steps=accum_steps, **kwargs
         )
         batches.set_epoch(epoch)
@@ -45,7 +47,7 @@ def test_an_epoch_sees_every_image_once():
 
 def test_repeated_augmentation_spreads_copies_over_processes():
     repeats, world_size = 3, 3
-    ranks = [list(EpochBatches(1000, 16, rank=r, world_size=world_size, repeats=repeats)) for r in range(world_size)]
+    ranks = [list(EpochSampler(1000, 16, rank=r, world_size=world_size, repeats=repeats)) for r in range(world_size)]
     for batches in zip(*ranks, strict=True):
         counts = Counter(draw.index for batch in batches for draw in batch)
         assert set(counts.values()) == {repeats}
@@ -55,7 +57,7 @@ def test_repeated_augmentation_spreads_copies_over_processes():
 
 def test_a_total_batch_larger_than_the_data_is_refused():
     with pytest.raises(InputError, match="do not fill one total batch of 200"):
-        EpochBatches(100, 50, world_size=2, accum_steps=2)
+        EpochSampler(100, 50, world_size=2, accum_steps=2)
 
 
 def test_random_stream_leaves_the_generators_as_they_were():
@@ -81,7 +83,7 @@ def test_a_large_photo_is_decoded_smaller_for_the_same_crop(tmp_path, name):
     Image.fromarray(load_sample_image(name)[:424]).save(file, quality=92)
     whole, size = Image.open(file).convert("RGB"), (48, 48)
     timms = RandomResizedCropAndInterpolation(size, interpolation="bicubic")
-    ours = DraftedCrop(size, interpolation="bicubic")
+    ours = JpegDraftCrop(size, interpolation="bicubic")
     reductions, changed, bilinear = Counter(), 0.0, 0.0
     for seed in range(40):
         image = Image.open(file)
@@ -107,7 +109,7 @@ def test_a_large_photo_is_decoded_smaller_for_the_same_crop(tmp_path, name):
 @pytest.mark.parametrize("size", [(2001, 1337), (1000, 4003), (64, 64), (517, 3001)])
 def test_a_drafted_crop_lies_in_the_picture(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "picture.jpg")
-    crop = DraftedCrop(64)
+    crop = JpegDraftCrop(64)
     for seed in range(50):
         random.seed(seed)
         file = Image.open(tmp_path / "picture.jpg")

@@ -16,13 +16,14 @@ import train
 from PIL import Image
 from torch import nn
 
-from litvit.training.data import open_train_and_val
-from litvit.training.loaders import train_loader
-from litvit.training.recipe import parse_settings
-from litvit.training.samples import Labels
-from litvit.training.state import CHECKPOINT
-from litvit.training.stop import EXIT_INTERRUPTED
-from litvit.training.token_labels import TokenLabels, TokenLabelTask, soft_targets
+from litvit.data.dataset import Labels
+from litvit.data.loader import train_loader
+from litvit.data.readers import open_train_and_val
+from litvit.data.token_labels import TokenLabels, soft_targets
+from litvit.processes import EXIT_INTERRUPTED, Processes
+from litvit.runs.folder import CHECKPOINT
+from litvit.training.recipe import parse_config
+from litvit.training.tasks import TokenLabelTask
 
 TINY_LVT = ["dims=(8,8,16,16)", "depths=(1,1,1,1)", "num_heads=(1,1,2,2)", "class_heads=2", "class_blocks=1"]
 RANDOM = "--aa rand-m9-mstd0.5-inc1 --reprob 0.5 --drop-path 0.2 --drop 0.2 --aug-repeats 2 --model-ema"
@@ -61,11 +62,19 @@ def flags(digits, digit_labels, tmp_path):
 
 
 def batches_of(data, labels, size, *flags, epoch=0):
-    settings = parse_settings([str(data), "--model", "resnet18", *map(str, flags)])  # which has no recipe
-    images, _, num_classes = open_train_and_val(settings)
+    settings = parse_config([str(data), "--model", "resnet18", *map(str, flags)])  # which has no recipe
+    images, _, num_classes = open_train_and_val(settings.data)
     config = {"input_size": (3, 32 * size, 32 * size), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     token_labels = TokenLabels(str(labels), images, num_classes, size) if labels else None
-    loader = train_loader(images, settings, config, torch.device("cpu"), token_labels=token_labels)
+    loader = train_loader(
+        images,
+        settings.augment,
+        config,
+        Processes(torch.device("cpu")),
+        batch_size=settings.data.batch_size,
+        workers=settings.data.workers,
+        token_labels=token_labels,
+    )
     loader.set_epoch(epoch)
     return list(loader)
 
@@ -245,21 +254,22 @@ def assert_same_weights(first, second):
 
 
 def run(*flags):
-    return train.Training(parse_settings([str(flag) for flag in flags])).run()
+    return train.build_trainer(parse_config([str(flag) for flag in flags])).run()
 
 
 def test_interrupted_the_run_ends_with_the_same_weights(flags, tmp_path):
     assert run(*flags, "--experiment", "whole") == 0
-    training = train.Training(parse_settings(flags))
-    step = training._step
+    trainer = train.build_trainer(parse_config(flags))
+    step = trainer.guard.step
 
-    def step_and_signal(*args):
-        step(*args)
-        if training.update + 1 == 5:
+    def step_and_signal(loss):
+        loss = step(loss)
+        if trainer.progress.step + 1 == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return loss
 
-    training._step = step_and_signal
-    assert training.run() == EXIT_INTERRUPTED
+    trainer.guard.step = step_and_signal
+    assert trainer.run() == EXIT_INTERRUPTED
     assert run(flags[0], "--resume", tmp_path / "run", "-j", 1) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
@@ -286,7 +296,7 @@ def test_two_processes_with_accumulation_and_compilation(flags, tmp_path, run_sc
     more = ["-b", 5, "--grad-accum-steps", 2, "--epochs", 1, "--torchcompile", "eager"]
     outcome = run_script("distributed_train.sh", 2, *flags, *more)
     assert outcome.status == 0, outcome.err
-    assert "4 updates an epoch" in outcome.out
+    assert "4 steps per epoch" in outcome.out
     assert (tmp_path / "run" / "model_best.safetensors").exists()
 
 
@@ -322,7 +332,7 @@ def changed(index, value):
         (changed((1, 0, 0, 0), 10), "{file} has classes outside of 0 to 9"),
         (changed((1, 0, 0, 0), -1), "{file} has classes outside of 0 to 9"),
         (changed((1, 0, 0, 0), 1.5), "{file} has classes outside of 0 to 9"),
-        (changed((0, 0, 0, 0), torch.nan), "{file} has scores that are no finite numbers"),
+        (changed((0, 0, 0, 0), torch.nan), "{file} has scores that are not finite"),
     ],
 )
 def test_wrong_label_files_are_found_at_the_start(flags, labels_copy, digits, tmp_path, run_main, spoil, says):

@@ -15,9 +15,9 @@ import torch
 import train
 
 from litvit import cli
-from litvit.training.recipe import parse_settings
-from litvit.training.state import CHECKPOINT, DIVERGED, PREVIOUS
-from litvit.training.stop import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
+from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
+from litvit.runs.folder import CHECKPOINT, DIVERGED, PREVIOUS
+from litvit.training.recipe import parse_config
 
 CLASSIFICATION = Path(train.__file__).parent
 # everything random is on: repeated augmentation, RandAugment, erasing, mixup, cutmix, stochastic depth, dropout
@@ -51,27 +51,28 @@ def undisturbed(digits, tmp_path_factory, tiny_flags):
     """Folder of the run of `flags` without any disturbance."""
     output = tmp_path_factory.mktemp("undisturbed")
     flags = [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(output)]
-    training = train.Training(parse_settings(flags))
-    assert training.run() == 0
-    return training.folder
+    trainer = train.build_trainer(parse_config(flags))
+    assert trainer.run() == 0
+    return trainer.folder.path
 
 
 def run(*flags):
-    return train.Training(parse_settings([str(flag) for flag in flags])).run()
+    return train.build_trainer(parse_config([str(flag) for flag in flags])).run()
 
 
 @pytest.mark.parametrize("update", [1, 3, 4, 5])
 def test_interrupted_anywhere_the_run_ends_with_the_same_weights(flags, tmp_path, undisturbed, update):
-    training = train.Training(parse_settings(flags))
-    step = training._step
+    trainer = train.build_trainer(parse_config(flags))
+    step = trainer.guard.step
 
-    def step_and_signal(*args):
-        step(*args)
-        if training.update + 1 == update:
+    def step_and_signal(loss):
+        loss = step(loss)
+        if trainer.progress.step + 1 == update:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return loss
 
-    training._step = step_and_signal
-    assert training.run() == EXIT_INTERRUPTED
+    trainer.guard.step = step_and_signal
+    assert trainer.run() == EXIT_INTERRUPTED
     state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert (state["update"], state["epoch"] * 4 + state["done"]) == (update, update)
     assert run(*flags, "--resume", "auto") == 0
@@ -85,15 +86,15 @@ def test_interrupted_anywhere_the_run_ends_with_the_same_weights(flags, tmp_path
 
 
 def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, undisturbed):
-    training = train.Training(parse_settings(flags))
-    validate = training.validate
+    trainer = train.build_trainer(parse_config(flags))
+    validate = trainer.validate
 
     def signalled():
         os.kill(os.getpid(), signal.SIGTERM)
         return validate()
 
-    training.validate = signalled
-    assert training.run() == EXIT_INTERRUPTED
+    trainer.validate = signalled
+    assert trainer.run() == EXIT_INTERRUPTED
     state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert (state["epoch"], state["done"], state["update"]) == (0, 4, 4)
     assert run(*flags, "--resume", "auto") == 0
@@ -106,11 +107,11 @@ def test_kill_9_at_a_random_moment(flags, tmp_path, undisturbed):
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     updates = np.random.default_rng().integers(1, 8)
     for line in process.stdout:
-        if f"update {updates}/8" in line:
+        if f"step {updates}/8" in line:
             break
     process.kill()
     process.wait()
-    assert run(*flags, "--resume", "auto", "--checkpoint-every", "1") == 0, f"killed at update {updates}"
+    assert run(*flags, "--resume", "auto", "--checkpoint-every", "1") == 0, f"killed at step {updates}"
     assert_same_weights(tmp_path / "run", undisturbed)
 
 
@@ -121,12 +122,12 @@ def test_sigterm_and_ctrl_c_end_a_process_with_status_75(flags, tmp_path):
             [*command, "--experiment", name], stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         for line in process.stdout:
-            if "update 2/" in line:
+            if "step 2/" in line:
                 break
         os.killpg(process.pid, number)  # to the loader process too, as a scheduler or a terminal does
         out = process.stdout.read()
         assert process.wait(timeout=60) == EXIT_INTERRUPTED, out
-        assert re.search(rf"{number.name}: saved at update \d of epoch \d+; --resume", out)
+        assert re.search(rf"{number.name}: saved at step \d of epoch \d+; --resume", out)
         assert (tmp_path / name / CHECKPOINT).is_file()
 
 
@@ -147,7 +148,7 @@ def test_a_second_ctrl_c_leaves_at_once(capsys):
 
 def losses(folder, name):
     log = (folder / name / "train.log").read_text()
-    return {int(n): float(loss) for n, loss in re.findall(r"update (\d+)/\d+, loss ([\d.]+)", log)}
+    return {int(n): float(loss) for n, loss in re.findall(r"step (\d+)/\d+, loss ([\d.]+)", log)}
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -172,7 +173,7 @@ def test_continued_on_another_number_of_processes(digits, tmp_path, tiny_flags, 
     first = losses(tmp_path, "moved")
     (tmp_path / "moved" / "train.log").unlink()
     part(after)
-    assert "continuing at epoch 2, update 4" in (tmp_path / "moved" / "train.log").read_text()
+    assert "continuing at epoch 2, step 4" in (tmp_path / "moved" / "train.log").read_text()
     # BatchNorm's statistics are a process's own, so agreement is close, not exact
     assert first | losses(tmp_path, "moved") == pytest.approx(losses(tmp_path, "whole"), rel=0.02)
 
@@ -199,16 +200,16 @@ def test_changed_settings_are_refused_by_name(undisturbed, tmp_path, flags, run_
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(flags, tmp_path, undisturbed, damage, capsys):
-    training = train.Training(parse_settings([*flags, "--checkpoint-every", "1"]))
-    check_in = training.check_in
+    trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
+    save_or_stop = trainer.saver.save_or_stop
 
-    def stop_at_update_6(unreadable):
-        check_in(unreadable)
-        if training.update == 6:
+    def stop_at_step_6(progress, faults):
+        save_or_stop(progress, faults)
+        if trainer.progress.step == 6:
             raise Interrupted
 
-    training.check_in = stop_at_update_6
-    assert training.run() == EXIT_INTERRUPTED
+    trainer.saver.save_or_stop = stop_at_step_6
+    assert trainer.run() == EXIT_INTERRUPTED
     path = tmp_path / "run" / CHECKPOINT
     content = bytearray(path.read_bytes())
     if damage == "truncated":
@@ -223,48 +224,48 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(flags, tmp_path, u
 
 
 def test_a_bad_number_leaves_the_update_out(flags, tmp_path):
-    training = train.Training(parse_settings(flags))
-    task = training.task.forward
+    trainer = train.build_trainer(parse_config(flags))
+    task = trainer.task.forward
     before = []
 
     def forward(images, target):
         result = task(images, target)
-        if training.update == 3:
-            before.append({name: value.clone() for name, value in training.task.trainable_module.state_dict().items()})
+        if trainer.progress.step == 3:
+            before.append({name: value.clone() for name, value in trainer.task.trainable_module.state_dict().items()})
             result["loss"] = result["loss"] * torch.nan
-        if training.update == 4 and len(before) == 1:
-            before.append(training.task.trainable_module.state_dict())
+        if trainer.progress.step == 4 and len(before) == 1:
+            before.append(trainer.task.trainable_module.state_dict())
             for name, value in before[0].items():
                 if "running" not in name and "num_batches" not in name:
                     assert torch.equal(value, before[1][name]), name
         return result
 
-    training.task.forward = forward
-    assert training.run() == 0
+    trainer.task.forward = forward
+    assert trainer.run() == 0
     assert len(before) == 2
-    assert training.bad_updates == 1
-    assert training.bad_in_a_row == 0
+    assert trainer.guard.bad_steps == 1
+    assert trainer.guard.bad_in_a_row == 0
     state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert all(value.isfinite().all() for value in state["state_dict"].values())
-    assert "1 updates left out" in (tmp_path / "run" / "train.log").read_text()
+    assert "1 steps left out" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_bad_numbers_without_end_stop_the_run_and_leave_the_checkpoint(flags, tmp_path):
-    training = train.Training(parse_settings([*flags, "--epochs", "4"]))
-    task = training.task.forward
+    trainer = train.build_trainer(parse_config([*flags, "--epochs", "4"]))
+    task = trainer.task.forward
 
     def forward(images, target):
         result = task(images, target)
-        if training.update >= 5:
+        if trainer.progress.step >= 5:
             result["loss"] = result["loss"] * torch.inf
         return result
 
-    training.task.forward = forward
-    assert training.run() == EXIT_DIVERGED
+    trainer.task.forward = forward
+    assert trainer.run() == EXIT_DIVERGED
     last, diverged = (torch.load(tmp_path / "run" / name, weights_only=True) for name in (CHECKPOINT, DIVERGED))
     assert diverged["bad"] == [10, 10]
     assert diverged["update"] == 15
-    assert last["update"] == 12  # of the last whole epoch: its weights are still those of update 5
+    assert last["update"] == 12  # of the last whole epoch: its weights are still those of step 5
     assert "a lower --lr" in (tmp_path / "run" / "train.log").read_text()
     for state in (last, diverged):
         assert all(value.isfinite().all() for value in state["state_dict"].values())
@@ -282,7 +283,7 @@ def test_an_unreadable_image_is_replaced_and_counted(digits_copy, tmp_path, tiny
         assert torch.equal(value, worker["state_dict"][name]), name
 
 
-def test_a_run_with_too_many_unreadable_images_continues_when_they_are_mended(
+def test_a_run_with_too_many_unreadable_images_continues_when_they_are_repaired(
     digits_copy, tmp_path, tiny_flags, run_main
 ):
     broken = digits_copy / "train" / "3" / "00000.png"
@@ -299,7 +300,7 @@ def test_a_run_with_too_many_unreadable_images_continues_when_they_are_mended(
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monkeypatch, fault, capsys):
-    training = train.Training(parse_settings([*flags, "--checkpoint-every", "1"]))
+    trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
     save, folder = torch.save, tmp_path / "run"
     good = []
 
@@ -315,7 +316,7 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monk
         return save(state, path)
 
     monkeypatch.setattr(torch, "save", torch_save)
-    assert training.run() == 0
+    assert trainer.run() == 0
     assert good[0] == good[1]  # untouched by the saves that failed
     assert not list(folder.glob(".*.tmp"))
     assert capsys.readouterr().out.count("the run goes on, the next save tries again") == 2
@@ -340,7 +341,7 @@ def cmdline(process):
 
 
 def kill_rank(rank, folder):
-    """Kill -9 the training process of that rank whose run is in the folder."""
+    """Kill -9 the trainer process of that rank whose run is in the folder."""
     for process in Path("/proc").glob("[0-9]*"):
         if rank_of(process) == rank and str(folder).encode() in cmdline(process):
             os.kill(int(process.name), signal.SIGKILL)
@@ -352,7 +353,7 @@ def kill_rank(rank, folder):
 def launch(flags):
     """Start distributed_train.sh with two processes, and read its output to a line that holds a text."""
 
-    def start(*more, until="update 3/", **environment):
+    def start(*more, until="step 3/", **environment):
         environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
         process = subprocess.Popen(
             ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", *more],
@@ -370,19 +371,20 @@ def launch(flags):
 
 
 def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, monkeypatch, capsys):
-    training = train.Training(parse_settings(flags))
-    step = training._step
+    trainer = train.build_trainer(parse_config(flags))
+    step = trainer.guard.step
 
-    def step_and_signal(*args):
-        step(*args)
+    def step_and_signal(loss):
+        loss = step(loss)
         os.kill(os.getpid(), signal.SIGTERM)
+        return loss
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    training._step = step_and_signal
+    trainer.guard.step = step_and_signal
     monkeypatch.setattr(torch, "save", full)
-    assert training.run() == EXIT_INTERRUPTED
+    assert trainer.run() == EXIT_INTERRUPTED
     assert "SIGTERM: NOT saved" in capsys.readouterr().out
     monkeypatch.undo()
     assert run(*flags, "--resume", "auto") == 0
@@ -406,12 +408,9 @@ def test_a_run_whose_end_is_not_saved_says_so(flags, tmp_path, monkeypatch, undi
 
 def test_two_processes_cannot_train_in_one_folder(flags, tmp_path, run_main):
     (tmp_path / "run").mkdir()
-    code = (
-        "import pathlib, sys; from litvit.training.state import lock_folder; x = lock_folder(pathlib.Path(sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", f"{code}; print('locked', flush=True); input()", str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(CLASSIFICATION)}
-    other = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{code}; print('locked', flush=True); input()", str(tmp_path / "run" / ".lock")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     outcome = run_main(train, *flags)
     other.communicate("\n")
@@ -424,10 +423,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_continues(flags, tmp_
     def killed(report):
         raise RuntimeError("killed")
 
-    training = train.Training(parse_settings(flags))
-    training.run_epoch = killed
+    trainer = train.build_trainer(parse_config(flags))
+    trainer.run_epoch = killed
     with pytest.raises(RuntimeError, match="killed"):
-        training.run()
+        trainer.run()
     assert run_main(train, *flags).status == 2  # its settings are not overwritten
     assert run(flags[0], "--resume", tmp_path / "run") == 0
     assert_same_weights(tmp_path / "run", undisturbed)
@@ -437,8 +436,8 @@ def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("litvit.training.report.update_summary", full)
-    monkeypatch.setattr("litvit.training.report.SummaryWriter.add_scalar", full)
+    monkeypatch.setattr("litvit.runs.report.update_summary", full)
+    monkeypatch.setattr("litvit.runs.report.SummaryWriter.add_scalar", full)
     assert run(*flags) == 0
     assert "cannot write logs: [Errno 28] No space left on device" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] == 8

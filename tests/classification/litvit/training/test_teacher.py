@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from litvit.analysis.token_scores import num_prefix_tokens, token_scores, top_scores
 from litvit.errors import InputError
+from litvit.training.teacher import num_prefix_tokens, token_scores, top_scores
 
 SWIN = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "window_size": 2}
 LIT = {"img_size": 64, "depths": (1, 1, 1, 1)}

@@ -1,0 +1,220 @@
+"""The augmentation of training images: the steps of `TrainTransform` in order, and mixup over a batch."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from litvit.errors import InputError
+from litvit.settings import setting
+
+# Augmentations by name, for --aa: a function without arguments that makes a function from image to image.
+AUGMENTATIONS: dict[str, Callable[[], Callable[[Image.Image], Image.Image]]] = {}
+
+
+def register_augmentation(function: Callable[[], Callable[[Image.Image], Image.Image]]) -> Callable:
+    """Register an augmentation of your own, which `--aa` then takes by the function's name.
+
+    It takes the place of RandAugment and colour jitter. Draw its random numbers from `random`, `numpy.random` or
+    `torch`: they are seeded for every sample.
+
+    Args:
+        function: Function without arguments that returns a function from image to image, of the same size and mode.
+
+    Raises:
+        ValueError: another function of that name is registered.
+    """
+    known = AUGMENTATIONS.setdefault(function.__name__, function)
+    if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+        raise ValueError(
+            f"two augmentations are called {function.__name__}: of {known.__module__}, {function.__module__}"
+        )
+    return function
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of training images, and of their batches."""
+
+    aug_repeats: int = setting(0, "N", "copies of an image per epoch, in a row of batches")
+    scale: Sequence[float] = setting((0.08, 1.0), "X", "area of the random crop", nargs=2)
+    ratio: Sequence[float] = setting((3 / 4, 4 / 3), "X", "aspect ratio of the random crop", nargs=2)
+    hflip: float = setting(0.5, "P", "probability of a horizontal flip")
+    aa: str | None = setting(None, "POLICY", "RandAugment, e.g. rand-m9-mstd0.5-inc1, or an augmentation of your own")
+    color_jitter: float = setting(0.4, "X", "strength of colour jitter, without --aa")
+    train_interpolation: str = setting("bicubic", "NAME", "bilinear, bicubic, random")
+    reprob: float = setting(0.0, "P", "probability of random erasing")
+    remode: str = setting("pixel", None, "fill of erased boxes: const, rand, pixel", choices=["const", "rand", "pixel"])
+    recount: int = setting(1, "N", "number of erased boxes")
+    mixup: float = setting(0.0, "ALPHA", "strength of mixup")
+    cutmix: float = setting(0.0, "ALPHA", "strength of cutmix")
+    mixup_prob: float = setting(1.0, "P", "probability of either")
+    mixup_switch_prob: float = setting(0.5, "P", "probability of cutmix if both are on")
+    mixup_off_epoch: int = setting(0, "N", "epoch from which there is no mixing (0: never)")
+    smoothing: float = setting(0.1, "X", "label smoothing, not of token labels")
+
+    def timm_arguments(self) -> dict:
+        """Return the arguments of timm's `create_transform` and `create_loader`, random erasing left out."""
+        return {
+            "scale": self.scale,
+            "ratio": self.ratio,
+            "hflip": self.hflip,
+            "color_jitter": self.color_jitter,
+            "auto_augment": self.aa,
+            "interpolation": self.train_interpolation,
+        }
+
+
+class Augmented(NamedTuple):
+    """An augmented image."""
+
+    pixels: Tensor  # uint8 (C, H, W)
+    erased: Tensor | None  # (C, H, W): normalised values of erased pixels, NaN where the image stays; None for none
+    box: tuple[float, float, float, float]  # the crop: x1, y1, x2, y2 as fractions of the whole image
+    flipped: bool
+
+
+class JpegDraftCrop(RandomResizedCropAndInterpolation):
+    """timm's random crop, number for number, for which a large JPEG file is not decoded in full.
+
+    libjpeg decodes to 1/2, 1/4 or 1/8 of the size for less (`Image.draft`). A file that is opened but not decoded yet
+    gets the smallest of these sizes at which the crop still has twice the pixels per side that it is resized to. That
+    moves the crop's edges by a quarter of a resulting pixel at most, and changes pixels by less than bilinear in place
+    of bicubic interpolation would.
+    """
+
+    def get_params(
+        self, image: Image.Image, scale: tuple[float, float], ratio: tuple[float, float]
+    ) -> tuple[int, int, int, int]:
+        """Choose a crop, and the size to decode.
+
+        Args:
+            image: Image to crop. A JPEG file that is not decoded yet is downscaled in place by `Image.draft`.
+            scale: Bounds of the crop's share of the area.
+            ratio: Bounds of its width over its height.
+
+        Returns:
+            Top, left, height and width of the crop, in pixels of the image as it is now.
+        """
+        top, left, height, width = super().get_params(image, scale, ratio)
+        excess = min(height / self.size[0], width / self.size[1]) / 2
+        whole = image.width
+        drafted = image.draft(None, tuple(math.ceil(side / excess) for side in image.size))
+        if drafted is None:  # not a JPEG file, or decoded already
+            return top, left, height, width
+        reduction = whole / drafted[1][2]
+        top, left, bottom, right = (round(edge / reduction) for edge in (top, left, top + height, left + width))
+        return top, left, bottom - top, right - left
+
+
+class TrainTransform:
+    """Crop, flip, colours, erasing: the whole augmentation of one training image, as timm's recipes have it.
+
+    Args:
+        config: Augmentation to apply.
+        input_size: Channels, height and width of the result.
+        mean: Mean per channel, of images from 0 to 1. RandAugment fills the borders of moved images with it.
+        std: Standard deviation per channel.
+
+    Raises:
+        InputError: an unknown policy or interpolation.
+    """
+
+    def __init__(
+        self, config: AugmentConfig, input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]
+    ):
+        own_augmentation = AUGMENTATIONS.get(config.aa)
+        arguments = config.timm_arguments()
+        if own_augmentation:
+            arguments |= {"auto_augment": None, "color_jitter": None}
+        try:
+            _, colours, _ = create_transform(
+                input_size, is_training=True, use_prefetcher=True, separate=True, mean=mean, std=std, **arguments
+            )
+            self.crop = JpegDraftCrop(input_size[-2:], config.scale, config.ratio, config.train_interpolation)
+        except (AssertionError, KeyError, ValueError, TypeError) as error:
+            if isinstance(error, AssertionError) and config.aa:
+                raise InputError(
+                    f"--aa {config.aa} is neither a policy of timm nor registered by a module of --import"
+                ) from error
+            raise InputError(
+                f"--aa {config.aa}, --train-interpolation {config.train_interpolation} cannot augment images: {error!r}"
+            ) from error
+        self.colours = [_checked(config.aa, own_augmentation())] if own_augmentation else colours.transforms
+        self.hflip = config.hflip
+        self.erasing = None
+        if config.reprob > 0:
+            self.erasing = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device="cpu")
+
+    def __call__(self, image: Image.Image) -> Augmented:
+        """Augment an image of any size."""
+        top, left, height, width = crop = self.choose_crop(image)
+        x, y = image.size
+        box = left / x, top / y, (left + width) / x, (top + height) / y
+        image, flipped = self.flip(self.resize(image, crop))
+        for colour in self.colours:
+            image = colour(image)
+        pixels = TF.pil_to_tensor(image)
+        return Augmented(pixels, self.erase(pixels.shape), box, flipped)
+
+    def choose_crop(self, image: Image.Image) -> tuple[int, int, int, int]:
+        """Draw a crop: top, left, height and width in pixels of the image, which a JPEG file may change the size of."""
+        return self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+
+    def resize(self, image: Image.Image, crop: tuple[int, int, int, int]) -> Image.Image:
+        """Cut out a crop, and resize it."""
+        interpolation = self.crop.interpolation
+        if isinstance(interpolation, tuple):
+            interpolation = random.choice(interpolation)
+        return TF.resized_crop(image, *crop, self.crop.size, interpolation)
+
+    def flip(self, image: Image.Image) -> tuple[Image.Image, bool]:
+        """Flip an image at random. Returns whether it is flipped, too."""
+        flipped = self.hflip > 0 and bool(torch.rand(1) < self.hflip)
+        return (TF.hflip(image) if flipped else image), flipped
+
+    def erase(self, shape: tuple[int, int, int]) -> Tensor | None:
+        """Return the values of erased pixels (C, H, W), NaN elsewhere; None if nothing is erased."""
+        if self.erasing is None:
+            return None
+        erased = self.erasing(torch.full(shape, torch.nan))
+        return None if erased[0].isnan().all() else erased
+
+
+def _checked(name: str, augment: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
+    """Return an augmentation of the user's that raises TypeError for what is not an image of the same size and mode."""
+
+    def apply(image: Image.Image) -> Image.Image:
+        result = augment(image)
+        shape = getattr(result, "size", None), getattr(result, "mode", None)
+        if not isinstance(result, Image.Image) or shape != (image.size, image.mode):
+            raise TypeError(
+                f"the augmentation {name} has returned {type(result).__name__} of size and mode {shape}, "
+                f"not an image of {(image.size, image.mode)}"
+            )
+        return result
+
+    return apply
+
+
+def create_mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:
+    """Return timm's mixup and cutmix over a batch, None if both are off."""
+    if config.mixup <= 0 and config.cutmix <= 0:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )

@@ -1,0 +1,264 @@
+"""Samples to batches on the device."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data import IterableImageDataset, create_loader
+from timm.data.loader import PrefetchLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from litvit.data.augment import AugmentConfig, TrainTransform
+from litvit.data.dataset import Fault, Labels, Sample
+from litvit.data.sampler import EpochSampler
+from litvit.data.token_labels import TokenLabels, soft_targets
+from litvit.errors import InputError
+from litvit.processes import Processes, leave_signals_to_the_trainer, seed_worker
+
+
+class Batch(NamedTuple):
+    """Training samples on the device."""
+
+    images: Tensor  # (B, C, H, W), normalised
+    target: Tensor  # (B,): classes; with token labels `soft_targets`
+    faults: list[Fault]
+
+
+class RawBatch(NamedTuple):
+    """Training samples on their way to the device: a quarter of the bytes of normalised images."""
+
+    images: Tensor  # uint8 (B, C, H, W)
+    target: Tensor  # (B,)
+    erased_rows: Tensor  # (n,): indices of the images that are erased
+    erased: Tensor  # (n, C, H, W), see Augmented
+    labels: Labels | None
+    faults: list[Fault]
+
+
+def collate(samples: list[Sample]) -> RawBatch:
+    """Join samples to a batch."""
+    rows = [row for row, sample in enumerate(samples) if sample.erased is not None]
+    labelled = samples[0].labels is not None
+    return RawBatch(
+        # NumPy keeps the order of PIL's bytes, channels last, which the first convolution is twice as fast on.
+        torch.from_numpy(np.stack([sample.pixels for sample in samples])),
+        torch.tensor([sample.target for sample in samples]),
+        torch.tensor(rows, dtype=torch.long),
+        torch.stack([samples[row].erased for row in rows]) if rows else torch.empty(0),
+        Labels(*map(torch.stack, zip(*(sample.labels for sample in samples), strict=True))) if labelled else None,
+        [fault for sample in samples for fault in sample.faults],
+    )
+
+
+class DevicePrefetcher:
+    """Batches of a loader, moved to the device and normalised there, on a GPU while it computes on the previous batch.
+
+    Args:
+        loader: Loader of `RawBatch`es, with an `EpochSampler`.
+        mean: Mean per channel, of images from 0 to 1.
+        std: Standard deviation per channel.
+        device: Device of the batches.
+        token_labels: Label files; with them, targets are `soft_targets`.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        token_labels: TokenLabels | None = None,
+    ):
+        self.loader, self.device, self.token_labels = loader, device, token_labels
+        # of images from 0 to 255
+        self.mean, self.std = (255 * torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data set of the batches."""
+        return self.loader.dataset
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch of the next batches, and the step that they start at."""
+        self.loader.batch_sampler.set_epoch(epoch, first_step)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.stream is None:
+            yield from map(self._move, self.loader)
+            return
+        ready = None
+        for raw in self.loader:
+            # Memory that the consumer has released is written to only when its work is done.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                coming = self._move(raw)
+            if ready is not None:
+                yield ready
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            ready = coming
+        if ready is not None:
+            yield ready
+
+    def _move(self, raw: RawBatch) -> Batch:
+        images = raw.images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        if len(raw.erased_rows):
+            rows, erased = (tensor.to(self.device, non_blocking=True) for tensor in (raw.erased_rows, raw.erased))
+            images[rows] = torch.where(erased.isnan(), images[rows], erased)
+        if raw.labels is None:
+            target = raw.target.to(self.device, non_blocking=True)
+        else:
+            labels = Labels(*(tensor.to(self.device, non_blocking=True) for tensor in raw.labels))
+            target = soft_targets(labels, self.token_labels.num_classes, self.token_labels.size)
+        return Batch(images, target, raw.faults)
+
+
+class StreamedBatches:
+    """Batches of a streamed data set (WebDataset, Hugging Face), whose order is the reader's own.
+
+    An epoch that was interrupted is continued by reading from its start, past what was seen.
+
+    Args:
+        loader: timm's loader of the data set.
+        accum_steps: Number of micro-batches per optimizer step.
+    """
+
+    def __init__(self, loader: PrefetchLoader, accum_steps: int):
+        self.loader, self.accum_steps = loader, accum_steps
+        self.dataset = loader.dataset
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch of the next batches, and the step that they start at."""
+        self.dataset.set_epoch(epoch)
+        self.first_batch = first_step * self.accum_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, (images, target) in enumerate(self.loader):
+            if index >= self.first_batch:
+                yield Batch(images, target, [])
+
+
+def train_loader(
+    dataset: Dataset,
+    augment: AugmentConfig,
+    data_config: dict,
+    processes: Processes,
+    *,
+    batch_size: int,
+    accum_steps: int = 1,
+    workers: int | None = None,
+    token_labels: TokenLabels | None = None,
+) -> DevicePrefetcher | StreamedBatches:
+    """Make a loader of augmented, normalised training batches on the device.
+
+    Args:
+        dataset: Training images, from `open_images`.
+        augment: Augmentation of the images.
+        data_config: timm's input_size, mean and std.
+        processes: The processes that share the images, and this one's device.
+        batch_size: Number of images per process and micro-batch.
+        accum_steps: Number of micro-batches per optimizer step.
+        workers: Number of loader processes, None for `default_workers`.
+        token_labels: Soft labels of tokens to use as targets.
+
+    Returns:
+        Loader of `Batch`es. Its length is the number of micro-batches that the epoch still has.
+
+    Raises:
+        InputError: augmentation that is not possible, or fewer images than a total batch.
+    """
+    device, input_size = processes.device, data_config["input_size"]
+    normalisation = {"mean": data_config["mean"], "std": data_config["std"]}
+    workers = default_workers() if workers is None else workers
+    if isinstance(dataset, IterableImageDataset):
+        if augment.aug_repeats:
+            raise InputError("repeated augmentation needs random access: --aug-repeats 0 with a streamed data set")
+        loader = create_loader(
+            dataset,
+            input_size,
+            batch_size,
+            is_training=True,
+            re_prob=augment.reprob,
+            re_mode=augment.remode,
+            re_count=augment.recount,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            device=device,
+            worker_seeding=seed_worker,
+            **augment.timm_arguments(),
+            **normalisation,
+        )
+        return StreamedBatches(loader, accum_steps)
+    dataset.transform = TrainTransform(augment, input_size, **normalisation)
+    dataset.read_labels = None if token_labels is None else token_labels.read_or_blank
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size,
+        accum_steps=accum_steps,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        seed=dataset.seed,
+        repeats=augment.aug_repeats,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_trainer,
+    )
+    return DevicePrefetcher(loader, device=device, token_labels=token_labels, **normalisation)
+
+
+def eval_loader(
+    dataset: Dataset,
+    data_config: dict,
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    distributed: bool = False,
+) -> PrefetchLoader:
+    """Make a loader of resized, cropped, normalised batches on the device, in the data set's order.
+
+    Args:
+        dataset: Images, from `open_images`.
+        data_config: timm's input_size, interpolation, mean, std and crop_pct.
+        device: Device of the batches.
+        batch_size: Number of images per batch.
+        workers: Number of loader processes, None for `default_workers`.
+        distributed: Whether the images are dealt out to the processes.
+    """
+    return create_loader(
+        dataset,
+        data_config["input_size"],
+        batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        num_workers=default_workers() if workers is None else workers,
+        distributed=distributed,
+        pin_memory=device.type == "cuda",
+        device=device,
+        worker_seeding=seed_worker,
+    )
+
+
+def default_workers() -> int:
+    """Return the number of loader processes per process: the number of cores that it has to itself, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

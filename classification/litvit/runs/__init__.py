@@ -1,0 +1,1 @@
+"""A run: its folder and files, how far it has come, and what it reports."""

@@ -1,0 +1,360 @@
+"""The folder of a run, and its files that must never be half-written: checkpoint, best weights, settings."""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+
+from litvit.checkpoints import read_checkpoint
+from litvit.errors import InputError
+from litvit.settings import setting
+
+logger = logging.getLogger("litvit")
+
+CHECKPOINT = "last.pth"
+PREVIOUS = "previous.pth"
+DIVERGED = "diverged.pth"
+BEST_WEIGHTS = "model_best.safetensors"
+SETTINGS = "settings.yaml"
+# Settings that say where a run is carried out, not what it computes.
+LOCATION_SETTINGS = ("data_dir", "config", "cfg", "resume", "dry_run", "device", "output", "experiment")
+# Settings that a continued run may change: how it is carried out, and how long it is. Batch size and micro-batches may
+# change together with the world size; the total batch may not.
+RESUMABLE_CHANGES = (
+    "epochs",
+    "batch_size",
+    "grad_accum_steps",
+    "val_batch_size",
+    "workers",
+    "log_interval",
+    "checkpoint_every",
+    "max_unreadable",
+    "grad_checkpointing",
+    "imports",
+    "token_label_data",
+    "token_label_size",  # the model's own, however it is given
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is carried out, and where its files are."""
+
+    config: str | None = setting(None, "FILE", "recipe (recipes/<model>.yaml)")
+    cfg: str | None = setting(None, None, argparse.SUPPRESS)  # of old commands, not read
+    output: str = setting("output", "DIR", "folder of all runs")
+    experiment: str | None = setting(None, "NAME", "name of the run's folder in --output (date, time and model)")
+    resume: str | None = setting(
+        None, "RUN", "run to continue, with its settings: its folder; auto: --experiment's, if begun"
+    )
+    checkpoint_every: str = setting("10m", "T", "interval of checkpoints within an epoch: 10m, 90s, 500 steps")
+    max_unreadable: float = setting(0.01, "X", "share of images that may fail to decode")
+    seed: int = setting(42, "N", "seed of weights, sample order, augmentation")
+    device: str | None = setting(None, "NAME", "cuda, cuda:1, cpu, mps ... (cuda if available)")
+    dry_run: int | None = setting(None, "N", "find wrong input of N processes, show the run, stop", nargs="?", const=1)
+    log_interval: int = setting(50, "N", "steps between log lines")
+
+
+def interval(text: str) -> tuple[str, float]:
+    """Parse an interval: `10m`, `90s`, `2h` to ("seconds", 600.0), ...; `500` to ("steps", 500).
+
+    Raises:
+        ValueError: neither a time nor a number.
+    """
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "")
+    try:
+        value = float(number) if unit else int(number)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"'{text}' is neither a time (10m, 90s, 2h) nor a number of steps (500)")
+    return ("seconds", value * {"s": 1, "m": 60, "h": 3600}[unit]) if unit else ("steps", value)
+
+
+def replace_file(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
+    """Write a file next to `path`, flush it to the disk, and rename it.
+
+    Args:
+        path: File to create or replace. It holds the old content or the new, never a part.
+        write: Function that writes a file to the path that it is given.
+        keep: New name of the old content. At every instant the old content has one of the two names.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        mask = os.umask(0)  # some writers make files that only their owner may read
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        _flush(temporary)
+        if keep is not None and path.exists():
+            link = path.with_name(f".{keep.name}.tmp")
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+            os.replace(link, keep)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], keep: Path | None = None) -> None:
+    """Save a state of tensors, numbers, strings, lists and dicts, see `replace_file`.
+
+    Raises:
+        OSError, RuntimeError: the disk is full, read-only or gone; the files are as they were.
+    """
+    replace_file(path, partial(torch.save, state), keep)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a full checkpoint of a run, after checking its checksums.
+
+    Raises:
+        InputError: a file that is missing, truncated, changed, holds code, or is not such a checkpoint.
+    """
+    state = read_checkpoint(path, _read_checked)
+    if not isinstance(state, dict) or "optimizer" not in state:
+        raise InputError(f"{path} is not a full checkpoint of a run: weights alone go to --initial-checkpoint")
+    return state
+
+
+def _read_checked(path: str) -> Any:
+    with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file, whose checksums torch.load does not check
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
+    """Save weights as .safetensors, with what is needed to rebuild the model in the file's header.
+
+    Args:
+        path: File to write.
+        weights: State dict.
+        description: Description of the model for `read_description`, of what JSON can hold.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    header = {"format": "pt", "litvit": json.dumps(description)}
+    replace_file(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=header))
+
+
+def read_description(path: str | Path | None) -> dict[str, Any]:
+    """Read what a run wrote about the model of its weights: model, num_classes, classes, img_size, mean, ...
+
+    Args:
+        path: Checkpoint of any kind, None for none.
+
+    Returns:
+        The description. It is empty for other files, and for files that cannot be read: loading them will say why.
+    """
+    if path is None:
+        return {}
+    if not str(path).endswith(".safetensors"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return state["description"]
+        except Exception:  # not a checkpoint of a run
+            return {}
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get("litvit", "{}"))
+            return description if isinstance(description, dict) else {}
+    except (OSError, safetensors.SafetensorError, json.JSONDecodeError):
+        return {}
+
+
+def resumed_folder(resume: str) -> Path:
+    """Return the folder of the run that `--resume` names by its folder or its checkpoint.
+
+    Raises:
+        InputError: it holds no run.
+    """
+    path = Path(resume)
+    folder = path if path.is_dir() else path.parent
+    if not holds_run(folder) or (path != folder and path.name != CHECKPOINT):
+        raise InputError(f"--resume {resume}: no run there; name a run's folder, which holds {CHECKPOINT}")
+    return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run: its settings or a checkpoint."""
+    return any((folder / name).is_file() for name in (SETTINGS, CHECKPOINT, PREVIOUS))
+
+
+class RunFolder:
+    """The folder of a run: the resumed one, or `output`/`experiment`, which must not hold a run yet.
+
+    Nothing is written before `open`.
+
+    Args:
+        config: Folder to find or choose.
+        model: Name of the model, which names a folder that has no other name.
+        primary: Whether this process writes.
+
+    Raises:
+        InputError: the folder holds a run, or there is no run to resume.
+    """
+
+    def __init__(self, config: RunConfig, model: str, primary: bool):
+        self.primary = primary
+        self._may_rename = primary and not config.dry_run
+        self._lock: IO | None = None
+        if config.resume and config.resume != "auto":
+            self.path = resumed_folder(config.resume)
+            return
+        experiment = config.experiment
+        if experiment is None:
+            experiment = model if config.resume else f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
+        self.path = Path(config.output) / experiment
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: choose another --output or --experiment")
+        if primary and not config.resume and holds_run(self.path):
+            raise InputError(
+                f"{self.path} holds a run: continue it with --resume {self.path}, or choose another --experiment"
+            )
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def load_last(self) -> dict[str, Any] | None:
+        """Load the run's last good checkpoint. A damaged one is renamed, so that it is not tried again.
+
+        Returns:
+            The state, None if the folder holds no checkpoint.
+
+        Raises:
+            InputError: there are checkpoints, and none is good.
+        """
+        damaged, reasons = [], []
+        for path in (self.path / CHECKPOINT, self.path / PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                state = load_checkpoint(path)
+            except InputError as error:
+                damaged.append(path)
+                reasons.append(str(error))
+                continue
+            for path, reason in zip(damaged, reasons, strict=True):
+                logger.warning("%s; trying the checkpoint before it", reason)
+                if self._may_rename:
+                    with contextlib.suppress(OSError):
+                        path.rename(path.with_name(f"{path.name}.damaged"))
+            return state
+        if reasons:
+            raise InputError(f"{self} holds no good checkpoint: {'; '.join(reasons)}")
+        return None
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Create the folder, keep other processes from training in it, and save the settings as a recipe.
+
+        Raises:
+            InputError: the folder cannot be written to, or another process trains there.
+        """
+        if not self.primary:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+            text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
+            replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
+        except OSError as error:
+            raise InputError(f"cannot write to the run's folder {self}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let other processes train in the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def save_checkpoint(self, state: dict[str, Any]) -> bool:
+        """Save the full state of the run, and keep the checkpoint before it. One of the two is whole at every instant.
+
+        Returns:
+            Whether it is saved. A disk that does not take it is reported, and the run goes on.
+        """
+        return self._write(save_checkpoint, self.path / CHECKPOINT, state, self.path / PREVIOUS)
+
+    def save_diverged(self, state: dict[str, Any]) -> bool:
+        """Save the state of a run that has diverged, apart from its checkpoints. Returns as `save_checkpoint` does."""
+        return self._write(save_checkpoint, self.path / DIVERGED, state)
+
+    def save_best(self, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> bool:
+        """Save the best weights and the model's description. Returns as `save_checkpoint` does."""
+        return self._write(save_weights, self.path / BEST_WEIGHTS, weights, description)
+
+    def _write(self, write: Callable[..., None], *args: Any) -> bool:
+        if not self.primary:
+            return False
+        try:
+            write(*args)
+            return True
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("cannot save in %s (%s): the run goes on, the next save tries again", self, reason)
+            return False
+
+
+def check_same_run(folder: RunFolder, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise InputError for settings under which the rest of a run would not be the rest of that run.
+
+    Args:
+        folder: Folder of the run.
+        theirs: Settings of its checkpoint, by name.
+        ours: Settings to continue with.
+    """
+    changed = [
+        f"{name} was {theirs[name]}, is {ours[name]}"
+        for name in sorted((theirs.keys() & ours.keys()) - set(RESUMABLE_CHANGES))
+        if theirs[name] != ours[name]
+    ]
+    if changed:
+        raise InputError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): continue it with its own, or choose "
+            "another --experiment"
+        )
+
+
+def _lock(folder: Path) -> IO:
+    """Lock a folder until the file that is returned is closed or this process ends.
+
+    Raises:
+        InputError: another process has locked it.
+    """
+    lock = open(folder / ".lock", "w")  # noqa: SIM115 - it has to stay open
+    try:
+        # lockf, not flock: loader processes, which outlive a killed trainer by seconds, do not inherit it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        lock.close()
+        raise InputError(f"another process trains in {folder}: wait for it, or choose another --experiment") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock

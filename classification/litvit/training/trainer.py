@@ -1,0 +1,473 @@
+"""The training loop of a classifier."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.loader import PrefetchLoader
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import distribute_bn, get_state_dict, unwrap_model
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from litvit.checkpoints import load_weights
+from litvit.data.augment import create_mixup
+from litvit.data.dataset import Fault
+from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches, eval_loader, train_loader
+from litvit.data.random_streams import Stream, seed_everything
+from litvit.data.readers import class_list, open_train_and_val
+from litvit.data.token_labels import TokenLabels
+from litvit.errors import InputError
+from litvit.memory import keep_freed_memory
+from litvit.processes import (
+    EXIT_DIVERGED,
+    EXIT_INTERRUPTED,
+    Interrupted,
+    Processes,
+    choose_device,
+    is_primary,
+    join_processes,
+)
+from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
+from litvit.runs.progress import Progress, Saver
+from litvit.runs.report import Report, set_up_logging
+from litvit.training.config import Config
+from litvit.training.evaluate import evaluate
+from litvit.training.model import build_model, data_settings
+from litvit.training.optimizer import create_optimizer, create_scheduler, learning_rates
+from litvit.training.step_guard import Diverged, StepGuard
+from litvit.training.tasks import TokenLabelTask, token_grid
+
+logger = logging.getLogger("litvit")
+
+
+@dataclass
+class Trainer:
+    """One run, made of parts that `build_trainer` makes. `run` trains it to its end.
+
+    Attributes:
+        config: Everything that was asked for.
+        folder: Folder of the run.
+        processes: Processes of the run.
+        train_batches: Training batches of this process.
+        val_batches: Validation batches of this process.
+        mixup: Mixup and cutmix, None for none.
+        task: Model, its loss, and the average of its weights.
+        optimizer: Optimizer of the model.
+        scheduler: Schedule of the learning rate.
+        guard: Guard against steps that are not finite.
+        description: What a file of weights says of the model.
+        rates: Peak, first and last learning rate.
+        epochs: Number of epochs, including the cool-down.
+        autocast: Function that makes the context of a forward pass.
+    """
+
+    config: Config
+    folder: RunFolder
+    processes: Processes
+    train_batches: DevicePrefetcher | StreamedBatches
+    val_batches: PrefetchLoader
+    mixup: Mixup | None
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    guard: StepGuard
+    description: dict[str, Any]
+    rates: dict[str, float]
+    epochs: int
+    autocast: Callable[[], AbstractContextManager]
+
+    def __post_init__(self) -> None:
+        self.accum_steps = self.config.optim.grad_accum_steps
+        self.steps_per_epoch = len(self.train_batches) // self.accum_steps
+        self.total_batch = self.config.data.batch_size * self.accum_steps * self.processes.world_size
+        self.progress = Progress(torch.zeros((), device=self.processes.device))
+        self.saver = Saver(
+            self.folder, self.processes, self.config.run, self.steps_per_epoch, self.total_batch, self.state_dict
+        )
+        self.saved = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on. Weights have timm's names: timm loads the file too."""
+        return {
+            **self.progress.state_dict(self.processes),
+            **self.guard.state_dict(),
+            "total_batch": self.total_batch,
+            "num_images": len(self.train_batches.dataset),
+            "settings": self._settings(),
+            "description": self.description,
+            "optimizer": self.optimizer.state_dict(),
+            **self.task.get_checkpoint_state(),
+            **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            InputError: the state is of another model, other classes or another optimizer.
+        """
+        counts = {"total_batch": self.total_batch, "number of training images": len(self.train_batches.dataset)}
+        held = {"total_batch": state["total_batch"], "number of training images": state["num_images"]}
+        check_same_run(self.folder, state["settings"] | held, self._settings() | counts)
+        try:
+            self.task.load_checkpoint_state(state["state_dict"])
+            if self.task.has_ema():
+                self.task.load_checkpoint_state(state.get("state_dict_ema", state["state_dict"]), ema=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"--resume: the checkpoint does not fit these settings: {reason}") from error
+        self.guard.load_state_dict(state)
+        self.progress.load_state_dict(state, self.processes)
+        self._set_learning_rate()
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that say what the run computes."""
+        return {name: value for name, value in self.config.flat().items() if name not in LOCATION_SETTINGS}
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the parameters that have no factor of their own."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _set_learning_rate(self) -> None:
+        """Set the learning rate of the next step. timm's schedulers ignore the call that is not in their unit."""
+        self.scheduler.step(self.progress.epoch)
+        self.scheduler.step_update(self.progress.step)
+
+    def run(self) -> int:
+        """Train to the last epoch, or until a signal.
+
+        Returns:
+            Exit status: 0 for a trained model, EXIT_INTERRUPTED, EXIT_DIVERGED.
+
+        Raises:
+            InputError: the run's folder cannot be created, a label file is broken, or too many images are unreadable.
+        """
+        primary = self.processes.primary
+        if self.config.run.dry_run:
+            set_up_logging(None, primary)
+            log_start(self)
+            return 0
+        self.folder.open(self._settings())
+        set_up_logging(self.folder.path, primary)
+        log_start(self)
+        report = Report(self.folder.path, primary, self.progress.epoch, self.epochs * self.steps_per_epoch)
+        status = 0
+        try:
+            with self.saver.signals:
+                while self.progress.epoch < self.epochs:
+                    self.run_epoch(report)
+        except Interrupted:
+            status = EXIT_INTERRUPTED
+        except Diverged as error:
+            status = EXIT_DIVERGED
+            logger.error("%s", error)
+        finally:
+            report.close()
+            self.folder.close()
+        if status == 0 and primary and not self.saved:
+            status = EXIT_INTERRUPTED
+            logger.error("the run has ended, but its end is NOT saved: make room in %s and run it again", self.folder)
+        elif status == 0:
+            logger.info("the run has ended: best top1 %.2f; it is in %s", self.progress.best_top1, self.folder)
+        if self.processes.distributed:
+            torch.distributed.destroy_process_group()
+        return status
+
+    def run_epoch(self, report: Report) -> None:
+        """Train the rest of an epoch, validate, save, report."""
+        speed = self.train_epoch(report)
+        lr, progress = self.lr, self.progress
+        metrics = self.validate()
+        loss = self.processes.mean(progress.loss_sum).item() / self.steps_per_epoch
+        progress.end_epoch()
+        self._set_learning_rate()
+        best = metrics["top1"] > progress.best_top1
+        progress.best_top1 = max(metrics["top1"], progress.best_top1)
+        if best and self.processes.primary:
+            model = self.task.get_eval_model(ema=self.task.has_ema())
+            description = {**self.description, "top1": metrics["top1"], "epoch": progress.epoch}
+            self.folder.save_best(get_state_dict(model, unwrap_model), description)
+        train_metrics = {"loss": loss, "images_per_second": speed}
+        report.epoch(progress.epoch - 1, progress.step, train_metrics, metrics, lr, progress.best_top1)
+        self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
+
+    def train_epoch(self, report: Report) -> float:
+        """Train the rest of an epoch.
+
+        Returns:
+            Images per second, over all processes.
+        """
+        progress, log_interval = self.progress, self.config.run.log_interval
+        self.task.train()
+        self.train_batches.set_epoch(progress.epoch, progress.steps_in_epoch)
+        if self.mixup is not None and self.config.augment.mixup_off_epoch:
+            self.mixup.mixup_enabled = progress.epoch < self.config.augment.mixup_off_epoch
+
+        bar = report.bar(progress.epoch, self.epochs, self.steps_per_epoch, progress.steps_in_epoch)
+        first = reported = progress.steps_in_epoch
+        reported_loss = progress.loss_sum.clone()
+        start = reported_time = time.perf_counter()
+        faults: list[Fault] = []
+        step_loss = torch.zeros_like(progress.loss_sum)
+        batches = iter(self.train_batches) if first < self.steps_per_epoch else iter(())
+        for index, batch in enumerate(batches, first * self.accum_steps):
+            if progress.steps_in_epoch == self.steps_per_epoch:
+                break  # the last, incomplete step of a stream
+            faults += batch.faults
+            first_of_step, last_of_step = index % self.accum_steps == 0, (index + 1) % self.accum_steps == 0
+            if first_of_step:
+                self.guard.begin()
+                step_loss = torch.zeros_like(progress.loss_sum)
+            step_loss += self._forward_backward(batch, index, last_of_step)
+            if not last_of_step:
+                continue
+            self._stop_at_fatal(faults)
+            progress.loss_sum += self.guard.step(step_loss)
+            progress.steps_in_epoch += 1
+            progress.step += 1
+            self.task.update_ema(progress.step)
+            self.scheduler.step_update(progress.step)
+            bar.update()
+            done = progress.steps_in_epoch
+            if done % log_interval == 0 or done == self.steps_per_epoch:
+                loss = self.processes.mean(progress.loss_sum - reported_loss).item() / (done - reported)
+                now = time.perf_counter()
+                images_seen = (done - reported) * self.total_batch
+                report.train(bar, progress.epoch, progress.step, loss, self.lr, images_seen, now - reported_time)
+                if self.guard.diverged(progress.step):
+                    self.folder.save_diverged(self.state_dict())
+                    raise Diverged(self.guard.advice(progress.step, self.folder.path))
+                reported_loss, reported, reported_time = progress.loss_sum.clone(), done, now
+            self.saver.save_or_stop(progress, faults)
+            faults = []
+        bar.close()
+        return (progress.steps_in_epoch - first) * self.total_batch / (time.perf_counter() - start)
+
+    def _forward_backward(self, batch: Batch, index: int, last_of_step: bool) -> Tensor:
+        """Compute the gradients of the epoch's micro-batch `index`. Returns its share of the step's loss."""
+        # Random numbers depend on the position in the run alone: there is nothing to save, and nothing to restore.
+        seed_everything(Stream.MICRO_BATCH, self.config.run.seed, self.progress.epoch, index, self.processes.rank)
+        images, target = batch.images, batch.target
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        with contextlib.nullcontext() if last_of_step else self.task.no_sync():
+            with self.autocast():
+                loss = self.task(images, target)["loss"] / self.accum_steps
+            self.guard.backward(loss)
+        return loss.detach()
+
+    def _stop_at_fatal(self, faults: list[Fault]) -> None:
+        """Save, and raise InputError, before a step for which a process could not read a label file."""
+        if not self.config.token_labels.token_label:
+            return
+        fatal = [fault.reason for fault in faults if fault.fatal]
+        (count,) = self.processes.sum(len(fatal))
+        if count:
+            self.saver.save()  # nothing of this step is in the state yet
+            raise InputError(self.processes.gather(fatal)[0])
+
+    def validate(self) -> dict[str, float]:
+        """Validate the model, or the average of its weights if there is one."""
+        distributed, ema = self.processes.distributed, self.task.has_ema()
+        if distributed:
+            # Every process has BatchNorm statistics of its own. The first one's count, as in a checkpoint and in DDP.
+            distribute_bn(self.task.get_trainable_module(), self.processes.world_size, reduce=False)
+            if ema:
+                distribute_bn(self.task.get_trainable_module(ema=True), self.processes.world_size, reduce=False)
+        model = self.task.get_eval_model(ema=ema)
+        if distributed:
+            model = getattr(model, "module", model)  # no collectives of DDP: batches may differ in size between ranks
+        streamed = distributed and isinstance(self.val_batches.dataset, IterableDataset)
+        return evaluate(
+            model,
+            self.val_batches,
+            self.processes.device,
+            self.autocast,
+            distributed=distributed,
+            after_batch=None
+            if streamed
+            else partial(self.saver.save_or_stop, self.progress, []),  # streams may differ in length
+        )
+
+
+def build_trainer(config: Config) -> Trainer:
+    """Make the parts of a run in order, and find everything that is wrong with the input before a file is written.
+
+    Args:
+        config: Everything that is asked for, from `parse_config` or made in Python.
+
+    Raises:
+        InputError: wrong settings, data or checkpoint.
+    """
+    folder = RunFolder(config.run, config.model.model, is_primary())
+    resumed = folder.load_last() if config.run.resume else None
+    processes = _start_processes(config, folder, resumed)
+    train_images, val_images, num_classes = open_train_and_val(config.data, config.model.in_chans, config.run.seed)
+    model, data_config = _build_model(config, num_classes, processes.device, fresh=resumed is None)
+    token_labels = None
+    if config.token_labels.token_label:
+        labels = config.token_labels
+        size = token_grid(model, config.model.model, data_config["input_size"][-1], labels.token_label_size)
+        token_labels = TokenLabels(labels.token_label_data, train_images, num_classes, size)
+    train_batches = train_loader(
+        train_images,
+        config.augment,
+        data_config,
+        processes,
+        batch_size=config.data.batch_size,
+        accum_steps=config.optim.grad_accum_steps,
+        workers=config.data.workers,
+        token_labels=token_labels,
+    )
+    val_batches = eval_loader(
+        val_images,
+        data_config,
+        processes.device,
+        batch_size=config.data.eval_batch_size,
+        workers=config.data.workers,
+        distributed=processes.distributed,
+    )
+    mixup = create_mixup(config.augment, num_classes)
+
+    accum_steps = config.optim.grad_accum_steps
+    rates = learning_rates(config.optim, config.data.batch_size * accum_steps * processes.world_size)
+    optimizer = create_optimizer(model, config.optim, rates["lr"])
+    scheduler, epochs = create_scheduler(optimizer, config.optim, rates, len(train_batches) // accum_steps)
+    task = _create_task(config, model, processes, mixup, token_labels)
+    scaler = config.precision.grad_scaler(processes.device)
+    trainer = Trainer(
+        config=config,
+        folder=folder,
+        processes=processes,
+        train_batches=train_batches,
+        val_batches=val_batches,
+        mixup=mixup,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        guard=StepGuard(task, optimizer, scaler, config.optim.clip_grad, processes.device),
+        description=_describe(config, data_config, num_classes, class_list(train_images)),
+        rates=rates,
+        epochs=epochs,
+        autocast=config.precision.autocast(processes.device),
+    )
+    if resumed is not None:
+        trainer.load_state_dict(resumed)
+    if config.precision.torchcompile:
+        task.compile(backend=config.precision.torchcompile)
+    if processes.distributed:
+        task.prepare_distributed(device_ids=[processes.device] if processes.device.type == "cuda" else None)
+    trainer.guard.watch(model)
+    return trainer
+
+
+def _start_processes(config: Config, folder: RunFolder, resumed: dict[str, Any] | None) -> Processes:
+    device = choose_device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    # Before the data is opened: timm's streaming readers ask for the number of processes.
+    processes = join_processes(device, config.run.dry_run)
+    found = -1 if resumed is None else resumed["update"]
+    if processes.distributed and processes.sum(found)[0] != found * processes.world_size:
+        raise InputError(f"processes find different checkpoints in {folder}: all nodes must share --output")
+    return processes
+
+
+def _build_model(
+    config: Config, num_classes: int, device: torch.device, fresh: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model on the device, with the weights that a fresh run starts from. Returns its data settings too."""
+    seed_everything(Stream.WEIGHTS, config.run.seed)
+    model = build_model(config.model, num_classes)
+    if config.model.initial_checkpoint and fresh:
+        load_weights(model, config.model.initial_checkpoint, new_classifier=True)
+    model.to(device)
+    return model, data_settings(config.model, model)
+
+
+def _create_task(
+    config: Config, model: nn.Module, processes: Processes, mixup: Mixup | None, token_labels: TokenLabels | None
+) -> TrainingTask:
+    """Join the model with its loss, and with the average of its weights if there is to be one."""
+    device = processes.device
+    if config.model.sync_bn and processes.distributed and device.type == "cuda":  # torch has none for CPUs
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if token_labels is not None:
+        labels = config.token_labels
+        task = TokenLabelTask(
+            model,
+            token_labels.size,
+            labels.cls_weight,
+            labels.dense_weight,
+            labels.mix_token,
+            device=device,
+            verbose=False,
+        )
+    else:
+        criterion = {"smoothing": config.augment.smoothing, "soft_targets": mixup is not None}
+        task = ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+    precision = config.precision
+    if precision.model_ema:
+        task.setup_ema(decay=precision.model_ema_decay, use_warmup=precision.model_ema_warmup)
+    return task
+
+
+def _describe(
+    config: Config, data_config: dict[str, Any], num_classes: int, classes: list[str] | None
+) -> dict[str, Any]:
+    """Return what a file of weights says of its model, see `read_description`."""
+    return {
+        "model": config.model.model,
+        "model_kwargs": config.model.model_kwargs,
+        "num_classes": num_classes,
+        "classes": classes,
+        "in_chans": config.model.in_chans,
+        "img_size": data_config["input_size"][-1],
+        **{name: data_config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
+    }
+
+
+def log_start(trainer: Trainer) -> None:
+    """Log what a run is, and where it starts or continues."""
+    config, processes, progress = trainer.config, trainer.processes, trainer.progress
+    recipe = config.run.config or "none: the flags' defaults"
+    logger.info("run %s, data %s, recipe %s", trainer.folder, config.data.data_dir, recipe)
+    model = unwrap_model(trainer.task.get_trainable_module())
+    logger.info(
+        "%s: %.2f M parameters, %d classes, %d x %d images; %s, %s",
+        config.model.model,
+        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        trainer.description["num_classes"],
+        trainer.description["img_size"],
+        trainer.description["img_size"],
+        processes.device if processes.world_size == 1 else f"{processes.world_size} processes",
+        config.precision.describe(processes.device),
+    )
+    logger.info(
+        "%d + %d images, total batch %d, %d steps per epoch, %d epochs, learning rate %.3e from %.1e to %.1e",
+        len(trainer.train_batches.dataset),
+        len(trainer.val_batches.dataset),
+        trainer.total_batch,
+        trainer.steps_per_epoch,
+        trainer.epochs,
+        trainer.rates["lr"],
+        trainer.rates["warmup_lr"],
+        trainer.rates["min_lr"],
+    )
+    if config.run.cfg:
+        logger.info("--cfg %s is not read: LVT's published settings are the model's defaults", config.run.cfg)
+    if progress.epoch >= trainer.epochs:
+        logger.info("this run has ended already")
+    elif progress.step:
+        logger.info("continuing at epoch %d, step %d", progress.epoch + 1, progress.steps_in_epoch + 1)

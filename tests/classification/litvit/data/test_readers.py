@@ -1,0 +1,133 @@
+"""Where data may lie, and how classes are numbered."""
+
+import io
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+from timm.data.readers.reader import Reader
+
+from litvit.data import readers
+from litvit.data.readers import DataConfig, class_names, find_split, open_train_and_val, register_reader
+from litvit.errors import InputError
+
+
+def test_classes_of_val_are_numbered_as_in_train(digits_copy):
+    for image in (digits_copy / "val" / "4").iterdir():
+        image.unlink()
+    (digits_copy / "val" / "4").rmdir()
+    train, val, num_classes = open_train_and_val(DataConfig(str(digits_copy)))
+    assert num_classes == 10
+    assert class_names(val)["5"] == class_names(train)["5"] == 5
+
+
+def tar_split(folder, split):
+    """Pack folder/split as folder/split.tar and remove the folder."""
+    with tarfile.open(folder / f"{split}.tar", "w") as tar:
+        for image in sorted((folder / split).rglob("*.png")):
+            info = tarfile.TarInfo(str(image.relative_to(folder / split)))
+            content = image.read_bytes()
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            image.unlink()
+    (folder / split).rename(folder.parent / f"{split}-was")
+
+
+def test_tars_hold_the_same_images_as_folders(digits, digits_copy):
+    for split in ("train", "val"):
+        tar_split(digits_copy, split)
+    for packed, plain in zip(
+        open_train_and_val(DataConfig(str(digits_copy)))[:2],
+        open_train_and_val(DataConfig(str(digits)))[:2],
+        strict=True,
+    ):
+        assert len(packed) == len(plain)
+        packed.transform = plain.transform = create_transform(32, use_prefetcher=True)
+        for index in (0, len(plain) - 1):
+            assert np.array_equal(packed[index][0], plain[index][0])
+            assert packed[index][1] == plain[index][1]
+    assert not list(digits_copy.glob("*.pickle*"))
+
+
+def test_hugging_face_data_sets_are_a_reader_of_timm(digits, tmp_path):
+    config = DataConfig(str(tmp_path), dataset=f"hfds/{digits}", val_split="validation")
+    train, val, num_classes = open_train_and_val(config)
+    assert (len(train), len(val), num_classes) == (80, 40, 10)
+
+
+def test_splits_have_usual_names(tmp_path):
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "train.tar").touch()
+    assert find_split(str(tmp_path), "val") == tmp_path / "validation"
+    assert find_split(str(tmp_path), "train") == tmp_path / "train.tar"
+    with pytest.raises(InputError, match="neither extra/ nor extra.tar"):
+        find_split(str(tmp_path), "extra")
+
+
+def test_a_folder_of_classes_may_be_the_split_itself(tmp_path, digits):
+    assert find_split(str(digits / "val"), "val", or_itself=True) == digits / "val"
+    with pytest.raises(InputError, match="neither val/"):
+        find_split(str(digits / "val"), "val")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(InputError, match="neither val/"):
+        find_split(str(tmp_path), "val", or_itself=True)
+
+
+class Names(Reader):
+    """A reader of one's own: images by name, of the classes given."""
+
+    def __init__(self, images, classes):
+        super().__init__()
+        self.images = images
+        self.class_to_idx = {name: number for number, name in enumerate(classes)}
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index].open("rb"), self.class_to_idx[self.images[index].parent.name]
+
+    def _filename(self, index, basename=False, absolute=False):
+        return str(self.images[index])
+
+
+@pytest.fixture
+def own_reader(monkeypatch):
+    monkeypatch.setattr(readers, "OWN_READERS", {})
+
+    @register_reader
+    def names(root, split):
+        images = sorted(Path(root, split).rglob("*.png"))
+        return Names(images, sorted({image.parent.name for image in images}))
+
+
+@pytest.mark.usefixtures("own_reader")
+def test_classes_of_a_reader_of_ones_own_are_numbered_as_in_train(digits_copy, tmp_path):
+    shutil.rmtree(digits_copy / "val" / "7")
+    config = DataConfig(str(digits_copy), dataset="names")
+    train, val, num_classes = open_train_and_val(config)
+    assert (len(train), len(val), num_classes) == (80, 36, 10)
+    val.transform = lambda image: image
+    numbers = {Path(val.filenames([index])[0]).parent.name: val[index][1] for index in range(len(val))}
+    assert numbers == {str(number): number for number in range(10) if number != 7}
+    (tmp_path / "map.txt").write_text("\n".join(map(str, reversed(range(10)))))
+    train, val, _ = open_train_and_val(replace(config, class_map=str(tmp_path / "map.txt")))
+    assert class_names(val)["9"] == class_names(train)["9"] == 0
+    (tmp_path / "map.txt").write_text("0\n1")
+    with pytest.raises(InputError, match="8 classes that the class map lacks"):
+        open_train_and_val(replace(config, class_map=str(tmp_path / "map.txt")))
+
+
+def test_a_bug_in_an_augmentation_of_ones_own_is_not_an_unreadable_image(digits):
+    def overlay(image):
+        return Image.open("no-such-overlay.png")
+
+    train, _, _ = open_train_and_val(DataConfig(str(digits)))
+    train.transform = overlay
+    with pytest.raises(FileNotFoundError, match="no-such-overlay"):
+        train[0]
