@@ -8,8 +8,8 @@ from collections.abc import Sequence
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from litvit.cli import run
+from litvit.training.build import build_trainer
 from litvit.training.recipe import parse_config
-from litvit.training.trainer import build_trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

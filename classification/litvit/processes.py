@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data._utils.worker import WorkerInfo
 
 from litvit.errors import InputError
+from litvit.memory import keep_freed_memory
 
 # Exit statuses, besides 0 (success) and 1 (a bug).
 EXIT_INPUT_ERROR = 2
@@ -121,13 +122,19 @@ def is_primary() -> bool:
     return world_info_from_env()[1] == 0
 
 
-def join_processes(device: torch.device, dry_run: int | None = None) -> Processes:
-    """Join the process group that the launcher's environment variables describe, if they do.
+def start_processes(device_name: str | None, dry_run: int | None = None) -> Processes:
+    """Choose the device, and join the process group that the launcher's environment variables describe, if they do.
 
     Args:
-        device: Device from `choose_device`. Each process gets a GPU of its own.
+        device_name: Name of the device, see `choose_device`. Each process gets a GPU of its own.
         dry_run: Number of processes to act as one of, without a process group.
+
+    Raises:
+        InputError: a device that torch does not know or the machine does not have.
     """
+    device = choose_device(device_name)
+    if device.type == "cpu":
+        keep_freed_memory()
     info = init_distributed_device_so(device.type if device.index is None else str(device))
     return Processes(
         torch.device(info["device"]), info["global_rank"], dry_run or info["world_size"], info["distributed"]

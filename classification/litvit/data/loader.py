@@ -11,8 +11,9 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from litvit.data.augment import AugmentConfig, TrainTransform
+from litvit.data.augment import AugmentConfig, TrainTransform, create_mixup
 from litvit.data.dataset import Fault, Labels, Sample
+from litvit.data.readers import DataConfig, class_list, open_train_and_val
 from litvit.data.sampler import EpochSampler
 from litvit.data.token_labels import TokenLabels, soft_targets
 from litvit.errors import InputError
@@ -256,6 +257,44 @@ def eval_loader(
         device=device,
         worker_seeding=seed_worker,
     )
+
+
+class TrainingData:
+    """The images of a run, and the batches that they become.
+
+    Args:
+        config: Data to open.
+        augment: Augmentation of the training images, and of their batches.
+        in_chans: Number of image channels.
+        seed: Seed of the run.
+
+    Raises:
+        InputError: data that cannot be trained on.
+    """
+
+    def __init__(self, config: DataConfig, augment: AugmentConfig, in_chans: int = 3, seed: int = 0):
+        self.config, self.augment = config, augment
+        self.train, self.val, self.num_classes = open_train_and_val(config, in_chans, seed)
+        self.classes = class_list(self.train)
+        self.mixup = create_mixup(augment, self.num_classes)
+
+    def batches(
+        self, data_config: dict, processes: Processes, accum_steps: int = 1, token_labels: TokenLabels | None = None
+    ) -> tuple[DevicePrefetcher | StreamedBatches, PrefetchLoader]:
+        """Make the loaders of training and validation batches, see `train_loader` and `eval_loader`."""
+        sizes = {"batch_size": self.config.batch_size, "workers": self.config.workers}
+        train = train_loader(
+            self.train,
+            self.augment,
+            data_config,
+            processes,
+            accum_steps=accum_steps,
+            token_labels=token_labels,
+            **sizes,
+        )
+        sizes["batch_size"] = self.config.eval_batch_size
+        val = eval_loader(self.val, data_config, processes.device, distributed=processes.distributed, **sizes)
+        return train, val
 
 
 def default_workers() -> int:

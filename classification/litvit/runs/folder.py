@@ -224,7 +224,7 @@ class RunFolder:
     """
 
     def __init__(self, config: RunConfig, model: str, primary: bool):
-        self.primary = primary
+        self.config, self.primary = config, primary
         self._may_rename = primary and not config.dry_run
         self._lock: IO | None = None
         if config.resume and config.resume != "auto":

@@ -11,7 +11,7 @@ from torch import Tensor
 from litvit.data.dataset import Fault
 from litvit.errors import InputError
 from litvit.processes import Interrupted, Processes, StopSignals
-from litvit.runs.folder import RunConfig, RunFolder, interval
+from litvit.runs.folder import RunFolder, interval
 
 logger = logging.getLogger("litvit")
 
@@ -66,7 +66,6 @@ class Saver:
     Args:
         folder: Folder of the run.
         processes: Processes of the run.
-        config: Settings of the run.
         steps_per_epoch: Number of optimizer steps per epoch.
         total_batch: Number of images per optimizer step.
         state_dict: Function that returns the full state of the run. All processes must call it.
@@ -76,12 +75,12 @@ class Saver:
         self,
         folder: RunFolder,
         processes: Processes,
-        config: RunConfig,
         steps_per_epoch: int,
         total_batch: int,
         state_dict: Callable[[], dict[str, Any]],
     ):
         self.folder, self.processes, self.state_dict = folder, processes, state_dict
+        config = folder.config
         self.unit, self.every = interval(config.checkpoint_every)
         self.steps_per_epoch = steps_per_epoch
         self.max_unreadable, self.limit = config.max_unreadable, config.max_unreadable * steps_per_epoch * total_batch

@@ -148,6 +148,25 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
         raise InputError(f"--opt {config.opt}: {error}") from error
 
 
+def create_optim(
+    model: nn.Module, config: OptimConfig, total_batch: int, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Scheduler, int, dict[str, float]]:
+    """Create an optimizer and its schedule.
+
+    Args:
+        model: Model to train.
+        config: Optimizer and schedule.
+        total_batch: Number of images per optimizer step, over all processes and micro-batches.
+        steps_per_epoch: Number of optimizer steps per epoch.
+
+    Returns:
+        Optimizer, scheduler, number of epochs including the cool-down, and the learning rates of `learning_rates`.
+    """
+    rates = learning_rates(config, total_batch)
+    optimizer = create_optimizer(model, config, rates["lr"])
+    return optimizer, *create_scheduler(optimizer, config, rates, steps_per_epoch), rates
+
+
 def create_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, rates: dict[str, float], steps_per_epoch: int
 ) -> tuple[Scheduler, int]:

@@ -111,3 +111,22 @@ class TokenLabelTask(ClassificationTask):
             "cls_loss": cls_loss,
             "dense_loss": dense_loss,
         }
+
+
+def create_task(
+    model: nn.Module, device: torch.device, labels: TokenLabelConfig, size: int | None, smoothing: float | None
+) -> ClassificationTask:
+    """Join a model with its loss.
+
+    Args:
+        model: Model to train.
+        device: Device of the model.
+        labels: Weights of the losses with token labels.
+        size: Number of token labels per side, None to train with classes.
+        smoothing: Label smoothing, None for targets that are soft already.
+    """
+    if size is None:
+        criterion = {"smoothing": smoothing or 0.0, "soft_targets": smoothing is None}
+        return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+    weights = labels.cls_weight, labels.dense_weight
+    return TokenLabelTask(model, size, *weights, labels.mix_token, device=device, verbose=False)

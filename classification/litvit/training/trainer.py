@@ -13,45 +13,29 @@ import torch
 from timm.data import Mixup
 from timm.data.loader import PrefetchLoader
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import TrainingTask
 from timm.utils import distribute_bn, get_state_dict, unwrap_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from litvit.checkpoints import load_weights
-from litvit.data.augment import create_mixup
 from litvit.data.dataset import Fault
-from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches, eval_loader, train_loader
+from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches
 from litvit.data.random_streams import Stream, seed_everything
-from litvit.data.readers import class_list, open_train_and_val
-from litvit.data.token_labels import TokenLabels
 from litvit.errors import InputError
-from litvit.memory import keep_freed_memory
-from litvit.processes import (
-    EXIT_DIVERGED,
-    EXIT_INTERRUPTED,
-    Interrupted,
-    Processes,
-    choose_device,
-    is_primary,
-    join_processes,
-)
+from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
-from litvit.training.model import build_model, data_settings
-from litvit.training.optimizer import create_optimizer, create_scheduler, learning_rates
 from litvit.training.step_guard import Diverged, StepGuard
-from litvit.training.tasks import TokenLabelTask, token_grid
 
 logger = logging.getLogger("litvit")
 
 
 @dataclass
 class Trainer:
-    """One run, made of parts that `build_trainer` makes. `run` trains it to its end.
+    """One run. `litvit.training.build.build_trainer` makes its parts, `run` trains it to its end.
 
     Attributes:
         config: Everything that was asked for.
@@ -90,9 +74,7 @@ class Trainer:
         self.steps_per_epoch = len(self.train_batches) // self.accum_steps
         self.total_batch = self.config.data.batch_size * self.accum_steps * self.processes.world_size
         self.progress = Progress(torch.zeros((), device=self.processes.device))
-        self.saver = Saver(
-            self.folder, self.processes, self.config.run, self.steps_per_epoch, self.total_batch, self.state_dict
-        )
+        self.saver = Saver(self.folder, self.processes, self.steps_per_epoch, self.total_batch, self.state_dict)
         self.saved = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,143 +281,6 @@ class Trainer:
             if streamed
             else partial(self.saver.save_or_stop, self.progress, []),  # streams may differ in length
         )
-
-
-def build_trainer(config: Config) -> Trainer:
-    """Make the parts of a run in order, and find everything that is wrong with the input before a file is written.
-
-    Args:
-        config: Everything that is asked for, from `parse_config` or made in Python.
-
-    Raises:
-        InputError: wrong settings, data or checkpoint.
-    """
-    folder = RunFolder(config.run, config.model.model, is_primary())
-    resumed = folder.load_last() if config.run.resume else None
-    processes = _start_processes(config, folder, resumed)
-    train_images, val_images, num_classes = open_train_and_val(config.data, config.model.in_chans, config.run.seed)
-    model, data_config = _build_model(config, num_classes, processes.device, fresh=resumed is None)
-    token_labels = None
-    if config.token_labels.token_label:
-        labels = config.token_labels
-        size = token_grid(model, config.model.model, data_config["input_size"][-1], labels.token_label_size)
-        token_labels = TokenLabels(labels.token_label_data, train_images, num_classes, size)
-    train_batches = train_loader(
-        train_images,
-        config.augment,
-        data_config,
-        processes,
-        batch_size=config.data.batch_size,
-        accum_steps=config.optim.grad_accum_steps,
-        workers=config.data.workers,
-        token_labels=token_labels,
-    )
-    val_batches = eval_loader(
-        val_images,
-        data_config,
-        processes.device,
-        batch_size=config.data.eval_batch_size,
-        workers=config.data.workers,
-        distributed=processes.distributed,
-    )
-    mixup = create_mixup(config.augment, num_classes)
-
-    accum_steps = config.optim.grad_accum_steps
-    rates = learning_rates(config.optim, config.data.batch_size * accum_steps * processes.world_size)
-    optimizer = create_optimizer(model, config.optim, rates["lr"])
-    scheduler, epochs = create_scheduler(optimizer, config.optim, rates, len(train_batches) // accum_steps)
-    task = _create_task(config, model, processes, mixup, token_labels)
-    scaler = config.precision.grad_scaler(processes.device)
-    trainer = Trainer(
-        config=config,
-        folder=folder,
-        processes=processes,
-        train_batches=train_batches,
-        val_batches=val_batches,
-        mixup=mixup,
-        task=task,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        guard=StepGuard(task, optimizer, scaler, config.optim.clip_grad, processes.device),
-        description=_describe(config, data_config, num_classes, class_list(train_images)),
-        rates=rates,
-        epochs=epochs,
-        autocast=config.precision.autocast(processes.device),
-    )
-    if resumed is not None:
-        trainer.load_state_dict(resumed)
-    if config.precision.torchcompile:
-        task.compile(backend=config.precision.torchcompile)
-    if processes.distributed:
-        task.prepare_distributed(device_ids=[processes.device] if processes.device.type == "cuda" else None)
-    trainer.guard.watch(model)
-    return trainer
-
-
-def _start_processes(config: Config, folder: RunFolder, resumed: dict[str, Any] | None) -> Processes:
-    device = choose_device(config.run.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    # Before the data is opened: timm's streaming readers ask for the number of processes.
-    processes = join_processes(device, config.run.dry_run)
-    found = -1 if resumed is None else resumed["update"]
-    if processes.distributed and processes.sum(found)[0] != found * processes.world_size:
-        raise InputError(f"processes find different checkpoints in {folder}: all nodes must share --output")
-    return processes
-
-
-def _build_model(
-    config: Config, num_classes: int, device: torch.device, fresh: bool
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model on the device, with the weights that a fresh run starts from. Returns its data settings too."""
-    seed_everything(Stream.WEIGHTS, config.run.seed)
-    model = build_model(config.model, num_classes)
-    if config.model.initial_checkpoint and fresh:
-        load_weights(model, config.model.initial_checkpoint, new_classifier=True)
-    model.to(device)
-    return model, data_settings(config.model, model)
-
-
-def _create_task(
-    config: Config, model: nn.Module, processes: Processes, mixup: Mixup | None, token_labels: TokenLabels | None
-) -> TrainingTask:
-    """Join the model with its loss, and with the average of its weights if there is to be one."""
-    device = processes.device
-    if config.model.sync_bn and processes.distributed and device.type == "cuda":  # torch has none for CPUs
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if token_labels is not None:
-        labels = config.token_labels
-        task = TokenLabelTask(
-            model,
-            token_labels.size,
-            labels.cls_weight,
-            labels.dense_weight,
-            labels.mix_token,
-            device=device,
-            verbose=False,
-        )
-    else:
-        criterion = {"smoothing": config.augment.smoothing, "soft_targets": mixup is not None}
-        task = ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
-    precision = config.precision
-    if precision.model_ema:
-        task.setup_ema(decay=precision.model_ema_decay, use_warmup=precision.model_ema_warmup)
-    return task
-
-
-def _describe(
-    config: Config, data_config: dict[str, Any], num_classes: int, classes: list[str] | None
-) -> dict[str, Any]:
-    """Return what a file of weights says of its model, see `read_description`."""
-    return {
-        "model": config.model.model,
-        "model_kwargs": config.model.model_kwargs,
-        "num_classes": num_classes,
-        "classes": classes,
-        "in_chans": config.model.in_chans,
-        "img_size": data_config["input_size"][-1],
-        **{name: data_config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
-    }
 
 
 def log_start(trainer: Trainer) -> None:

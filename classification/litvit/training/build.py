@@ -1,0 +1,107 @@
+"""A run from its settings: its parts are made in order, and each part of the project gets its settings once."""
+
+from typing import Any
+
+from torch import nn
+
+from litvit.checkpoints import load_weights
+from litvit.data.loader import TrainingData
+from litvit.data.random_streams import Stream, seed_everything
+from litvit.data.token_labels import TokenLabels
+from litvit.errors import InputError
+from litvit.processes import Processes, is_primary, start_processes
+from litvit.runs.folder import RunFolder
+from litvit.training.config import Config
+from litvit.training.model import ModelConfig, build_model, data_settings
+from litvit.training.optimizer import create_optim
+from litvit.training.step_guard import StepGuard
+from litvit.training.tasks import create_task, token_grid
+from litvit.training.trainer import Trainer
+
+
+def build_trainer(config: Config) -> Trainer:
+    """Make the parts of a run in order, and find everything that is wrong with the input before a file is written.
+
+    Args:
+        config: Settings of the run, from `parse_config` or made in Python.
+
+    Raises:
+        InputError: wrong settings, data or checkpoint.
+    """
+    folder = RunFolder(config.run, config.model.model, is_primary())
+    resumed = folder.load_last() if config.run.resume else None
+    # Before the data is opened: timm's streaming readers ask for the number of processes.
+    processes = start_processes(config.run.device, config.run.dry_run)
+    _check_same_checkpoint(processes, resumed, folder)
+    data = TrainingData(config.data, config.augment, config.model.in_chans, config.run.seed)
+
+    seed_everything(Stream.WEIGHTS, config.run.seed)
+    model = build_model(config.model, data.num_classes)
+    if config.model.initial_checkpoint and resumed is None:
+        load_weights(model, config.model.initial_checkpoint, new_classifier=True)
+    model.to(processes.device)
+    data_config = data_settings(config.model, model)
+
+    labels, token_labels = config.token_labels, None
+    if labels.token_label:
+        size = token_grid(model, config.model.model, data_config["input_size"][-1], labels.token_label_size)
+        token_labels = TokenLabels(labels.token_label_data, data.train, data.num_classes, size)
+    accum_steps = config.optim.grad_accum_steps
+    train_batches, val_batches = data.batches(data_config, processes, accum_steps, token_labels)
+    total_batch = config.data.batch_size * accum_steps * processes.world_size
+    steps_per_epoch = len(train_batches) // accum_steps
+    optimizer, scheduler, epochs, rates = create_optim(model, config.optim, total_batch, steps_per_epoch)
+
+    if config.model.sync_bn and processes.distributed and processes.device.type == "cuda":  # torch has none for CPUs
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    smoothing = None if data.mixup else config.augment.smoothing
+    task = create_task(model, processes.device, labels, token_labels and token_labels.size, smoothing)
+    precision = config.precision
+    if precision.model_ema:
+        task.setup_ema(decay=precision.model_ema_decay, use_warmup=precision.model_ema_warmup)
+    scaler = precision.grad_scaler(processes.device)
+    trainer = Trainer(
+        config=config,
+        folder=folder,
+        processes=processes,
+        train_batches=train_batches,
+        val_batches=val_batches,
+        mixup=data.mixup,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        guard=StepGuard(task, optimizer, scaler, config.optim.clip_grad, processes.device),
+        description=_describe(config.model, data_config, data.num_classes, data.classes),
+        rates=rates,
+        epochs=epochs,
+        autocast=precision.autocast(processes.device),
+    )
+    if resumed is not None:
+        trainer.load_state_dict(resumed)
+    if precision.torchcompile:
+        task.compile(backend=precision.torchcompile)
+    if processes.distributed:
+        task.prepare_distributed(device_ids=[processes.device] if processes.device.type == "cuda" else None)
+    trainer.guard.watch(model)
+    return trainer
+
+
+def _check_same_checkpoint(processes: Processes, resumed: dict[str, Any] | None, folder: RunFolder) -> None:
+    found = -1 if resumed is None else resumed["update"]
+    if processes.distributed and processes.sum(found)[0] != found * processes.world_size:
+        raise InputError(f"processes find different checkpoints in {folder}: all nodes must share --output")
+
+
+def _describe(
+    config: ModelConfig, data_config: dict[str, Any], num_classes: int, classes: list[str] | None
+) -> dict[str, Any]:
+    """Return what a file of weights says of its model, see `read_description`."""
+    return {
+        "model": config.model,
+        "model_kwargs": config.model_kwargs,
+        "num_classes": num_classes,
+        "classes": classes,
+        "in_chans": config.in_chans,
+        "img_size": data_config["input_size"][-1],
+        **{name: data_config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
+    }
