@@ -91,7 +91,7 @@ if [[ -e $venv && ! -e $log && -n $(ls -A "$venv" 2>/dev/null || echo file) ]]; 
     die "$venv is not an environment that this script made; remove it, or name another folder"
 fi
 # None yet, one whose set-up was interrupted, one that was moved, or one whose Python is gone.
-if [[ $(cat "$stamp" 2>/dev/null) != "$venv of $root: "* ]] || ! base_python "$python" >/dev/null; then
+if [[ $(cat "$stamp" 2>/dev/null) != "$venv of "* ]] || ! base_python "$python" >/dev/null; then
     base=$(find_python)
     "$base" -I -c 'import ensurepip, venv' 2>/dev/null ||
         die "$base has no venv module; install Debian's python3-venv or the like"

@@ -127,7 +127,7 @@ def start_processes(device_name: str | None, dry_run: int | None = None) -> Proc
 
     Args:
         device_name: Name of the device, see `choose_device`. Each process gets a GPU of its own.
-        dry_run: Number of processes to act as one of, without a process group.
+        dry_run: Number of processes to act as one of, where there is no process group.
 
     Raises:
         InputError: a device that torch does not know or the machine does not have.
@@ -136,9 +136,8 @@ def start_processes(device_name: str | None, dry_run: int | None = None) -> Proc
     if device.type == "cpu":
         keep_freed_memory()
     info = init_distributed_device_so(device.type if device.index is None else str(device))
-    return Processes(
-        torch.device(info["device"]), info["global_rank"], dry_run or info["world_size"], info["distributed"]
-    )
+    world_size = info["world_size"] if info["distributed"] else dry_run or 1
+    return Processes(torch.device(info["device"]), info["global_rank"], world_size, info["distributed"])
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -149,7 +149,7 @@ class TrainTransform:
             raise InputError(
                 f"--aa {config.aa}, --train-interpolation {config.train_interpolation} cannot augment images: {error!r}"
             ) from error
-        self.colours = [_checked(config.aa, own_augmentation())] if own_augmentation else colours.transforms
+        self.colours = [_OwnAugmentation(config.aa, own_augmentation)] if own_augmentation else colours.transforms
         self.hflip = config.hflip
         self.erasing = None
         if config.reprob > 0:
@@ -190,20 +190,25 @@ class TrainTransform:
         return None if erased[0].isnan().all() else erased
 
 
-def _checked(name: str, augment: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
-    """Return an augmentation of the user's that raises TypeError for what is not an image of the same size and mode."""
+class _OwnAugmentation:
+    """An augmentation of the user's. Raises TypeError for a result that is not an image of the same size and mode."""
 
-    def apply(image: Image.Image) -> Image.Image:
-        result = augment(image)
+    def __init__(self, name: str, make: Callable[[], Callable[[Image.Image], Image.Image]]):
+        self.name, self.make = name, make
+        self.augment = make()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.name, self.make)  # what `make` returns is often a function that cannot be pickled
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        result = self.augment(image)
         shape = getattr(result, "size", None), getattr(result, "mode", None)
         if not isinstance(result, Image.Image) or shape != (image.size, image.mode):
             raise TypeError(
-                f"the augmentation {name} has returned {type(result).__name__} of size and mode {shape}, "
+                f"the augmentation {self.name} has returned {type(result).__name__} of size and mode {shape}, "
                 f"not an image of {(image.size, image.mode)}"
             )
         return result
-
-    return apply
 
 
 def create_mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:

@@ -11,7 +11,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from litvit.data.augment import AugmentConfig, TrainTransform, create_mixup
+from litvit.data.augment import AUGMENTATIONS, AugmentConfig, TrainTransform, create_mixup
 from litvit.data.dataset import Fault, Labels, Sample
 from litvit.data.readers import DataConfig, class_list, open_train_and_val
 from litvit.data.sampler import EpochSampler
@@ -173,7 +173,8 @@ def train_loader(
         token_labels: Soft labels of tokens to use as targets.
 
     Returns:
-        Loader of `Batch`es. Its length is the number of micro-batches that the epoch still has.
+        Loader of `Batch`es. Its length is the number of micro-batches that the epoch still has, of a stream that of a
+        whole epoch.
 
     Raises:
         InputError: augmentation that is not possible, or fewer images than a total batch.
@@ -184,6 +185,9 @@ def train_loader(
     if isinstance(dataset, IterableImageDataset):
         if augment.aug_repeats:
             raise InputError("repeated augmentation needs random access: --aug-repeats 0 with a streamed data set")
+        if augment.aa in AUGMENTATIONS:
+            raise InputError(f"--aa {augment.aa}: a streamed data set takes timm's policies only")
+        TrainTransform(augment, input_size, **normalisation)  # finds wrong settings, which timm's loader meets late
         loader = create_loader(
             dataset,
             input_size,

@@ -25,9 +25,9 @@ def register_reader(function: Callable[[str, str], Reader]) -> Callable:
     """Register a reader of your own, which `--dataset` then takes by the function's name.
 
     Args:
-        function: Function of the data folder and the name of a split. It returns an object with `__len__`,
-            `__getitem__` (index to an open image file and its class), `_filename` (index to a name for messages) and,
-            if classes have names, `class_to_idx`: what `timm.data.readers.reader.Reader` asks for.
+        function: Function of the data folder and the name of a split. It returns a subclass of
+            `timm.data.readers.reader.Reader` with `__len__`, `__getitem__` (index to an open image file and its
+            class), `_filename` (index to a name for messages) and, if classes have names, `class_to_idx`.
     """
     OWN_READERS[function.__name__] = function
     return function
@@ -133,8 +133,7 @@ def open_images(
     if dataset in OWN_READERS:
         reader = OWN_READERS[dataset](root, split)
         if class_map:
-            numbers = class_map if isinstance(class_map, dict) else load_class_map(class_map, root)
-            reader = _Renumbered(reader, numbers)
+            reader = _Renumbered(reader, class_map if isinstance(class_map, dict) else _read_class_map(class_map, root))
         return Images(ImageDataset(root, reader=reader, input_img_mode=mode), seed)
     if dataset:
         if dataset.partition("/")[0].lower() not in READERS:
@@ -165,6 +164,13 @@ def open_images(
         message = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot read the {split} images of {location}: {message}") from error
     return opened if isinstance(opened, IterableDataset) else Images(opened, seed)
+
+
+def _read_class_map(file: str, root: str) -> dict[str, int]:
+    try:
+        return load_class_map(file, root)
+    except (OSError, AssertionError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot read the class map {file}: {' '.join(str(error).split())}") from error
 
 
 class _Renumbered(Reader):
@@ -273,7 +279,8 @@ def open_for_evaluation(config: DataConfig, classes: list[str] | None, in_chans:
         )
 
     images = open_(config.class_map)
-    found = [str(name) for name in class_names(images) or ()]
+    numbers = class_names(images) or {}
+    found = [str(name) for name in sorted(numbers, key=numbers.get)]
     known = classes or train_classes(config)
     if config.class_map or not found or not known or found == known:
         return images

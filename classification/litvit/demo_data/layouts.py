@@ -253,7 +253,7 @@ def build(root: str | os.PathLike, settings: Settings | SceneSettings, workers: 
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
-    root = Path(root)
+    root = Path(root).resolve()
     layout = TASKS[settings.task](settings)
     try:
         if root.exists() and not root.is_dir():
@@ -265,13 +265,20 @@ def build(root: str | os.PathLike, settings: Settings | SceneSettings, workers: 
                 f"'{root}' holds other files, demo data of other settings or of an older version, or a part of it: "
                 "remove it, or name another folder"
             )
+        empty = root.is_dir()  # it may be a mount point, which cannot be replaced
         root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root if empty else root.parent) as temporary:
             made = Path(temporary, root.name)
             _draw(made, layout, workers)
-            (made / MARKER).write_text(json.dumps({"settings": asdict(settings)}, indent=2) + "\n")
-            made.replace(root)
+            marker = made if not empty else root
+            for entry in made.iterdir() if empty else ():
+                entry.replace(root / entry.name)
+            (marker / MARKER).write_text(json.dumps({"settings": asdict(settings)}, indent=2) + "\n")
+            if not empty:
+                made.replace(root)
     except OSError as error:
+        if _holds(root, layout):  # another process has drawn it meanwhile
+            return False
         raise InputError(f"cannot write the demo data to '{root}': {error.strerror or error}") from error
     return True
 

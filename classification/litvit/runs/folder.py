@@ -179,8 +179,8 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
         return {}
     if not str(path).endswith(".safetensors"):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return state["description"]
+            description = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["description"]
+            return description if isinstance(description, dict) else {}
         except Exception:  # not a checkpoint of a run
             return {}
     try:

@@ -1,5 +1,7 @@
 """Augmentations of the user's own: used, checked, and told apart."""
 
+import pickle
+
 import pytest
 from PIL import Image
 
@@ -60,3 +62,13 @@ def test_an_unknown_name_is_one_line():
     for name in ("grey", "rand_grey"):
         with pytest.raises(InputError, match=f"--aa {name} is neither a policy of timm nor registered by a module"):
             transform(name)
+
+
+def grey():
+    return lambda image: image.convert("L").convert(image.mode)
+
+
+def test_it_reaches_loader_processes_that_are_started_afresh():
+    register_augmentation(grey)
+    augmentation = transform("grey").colours[0]
+    assert pickle.loads(pickle.dumps(augmentation))(IMAGE).tobytes() == augmentation(IMAGE).tobytes()

@@ -13,7 +13,14 @@ from timm.data import create_transform
 from timm.data.readers.reader import Reader
 
 from litvit.data import readers
-from litvit.data.readers import DataConfig, class_names, find_split, open_train_and_val, register_reader
+from litvit.data.readers import (
+    DataConfig,
+    class_names,
+    find_split,
+    open_for_evaluation,
+    open_train_and_val,
+    register_reader,
+)
 from litvit.errors import InputError
 
 
@@ -121,6 +128,20 @@ def test_classes_of_a_reader_of_ones_own_are_numbered_as_in_train(digits_copy, t
     (tmp_path / "map.txt").write_text("0\n1")
     with pytest.raises(InputError, match="8 classes that the class map lacks"):
         open_train_and_val(replace(config, class_map=str(tmp_path / "map.txt")))
+
+
+@pytest.mark.usefixtures("own_reader")
+def test_classes_to_evaluate_have_the_numbers_of_the_checkpoint(digits):
+    config = DataConfig(str(digits), dataset="names")
+    for known in ([str(number) for number in reversed(range(10))], [str(number) for number in range(10)]):
+        images = open_for_evaluation(config, known)
+        assert class_names(images) == {name: number for number, name in enumerate(known)}
+
+
+@pytest.mark.usefixtures("own_reader")
+def test_a_class_map_that_is_missing_is_one_line(digits):
+    with pytest.raises(InputError, match="cannot read the class map nowhere.txt"):
+        open_train_and_val(DataConfig(str(digits), dataset="names", class_map="nowhere.txt"))
 
 
 def test_a_bug_in_an_augmentation_of_ones_own_is_not_an_unreadable_image(digits):

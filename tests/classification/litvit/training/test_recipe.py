@@ -133,6 +133,7 @@ def test_a_recipe_imports_the_module_of_its_model(tmp_path, monkeypatch):
         ({"run": RunConfig(checkpoint_every="soon")}, "--checkpoint-every 'soon' is neither"),
         ({"augment": AugmentConfig(mixup=0.8), "data": DataConfig("data", batch_size=3)}, "--batch-size must be even"),
         ({"optim": OptimConfig(epochs=0)}, "--epochs must be at least 1"),
+        ({"run": RunConfig(dry_run=0)}, "--dry-run must be at least 1"),
     ],
 )
 def test_a_config_made_in_python_is_checked_too(groups, says):
