@@ -270,11 +270,11 @@ def build(root: str | os.PathLike, settings: Settings | SceneSettings, workers: 
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root if empty else root.parent) as temporary:
             made = Path(temporary, root.name)
             _draw(made, layout, workers)
-            marker = made if not empty else root
-            for entry in made.iterdir() if empty else ():
-                entry.replace(root / entry.name)
-            (marker / MARKER).write_text(json.dumps({"settings": asdict(settings)}, indent=2) + "\n")
-            if not empty:
+            (made / MARKER).write_text(json.dumps({"settings": asdict(settings)}, indent=2) + "\n")
+            if empty:
+                for entry in sorted(made.iterdir(), key=lambda entry: entry.name == MARKER):  # the marker last
+                    entry.replace(root / entry.name)
+            else:
                 made.replace(root)
     except OSError as error:
         if _holds(root, layout):  # another process has drawn it meanwhile
