@@ -97,13 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     config, precision = (take(group, vars(settings)) for group in (ModelConfig, PrecisionConfig))
-    images = open_images(
-        settings.data_dir,
-        settings.split,
-        class_map=settings.class_map,
-        batch_size=settings.batch_size,
-        in_chans=config.in_chans,
-    )
+    data = take(DataConfig, vars(settings))
+    images = open_images(data, settings.split, decoder=config.decoder)
     files = label_files(images)
     num_classes = teacher.count_classes(images, settings)
     model = teacher.build_teacher(config, num_classes, settings.checkpoint, settings.data_dir).eval()

@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from litvit.data.loader import eval_loader
 from litvit.data.readers import DataConfig, class_names, open_for_evaluation, train_classes
 from litvit.errors import InputError
 from litvit.memory import keep_freed_memory
-from litvit.processes import choose_device
+from litvit.processes import Processes, choose_device
 from litvit.runs.folder import replace_file
 from litvit.settings import take
 from litvit.training.evaluate import evaluate
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     known_classes = settings.description.get("classes")
-    images = open_for_evaluation(data, known_classes, config.in_chans)
+    images = open_for_evaluation(data, known_classes, config.decoder)
     classes = class_names(images)
     counted = max(classes.values()) + 1 if classes else None
     num_classes = data.num_classes or counted
@@ -86,17 +87,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if precision.torchcompile:
         model = torch.compile(model, backend=precision.torchcompile)
     data_config = data_settings(config, model)
-    loader = eval_loader(images, data_config, device, batch_size=data.batch_size, workers=data.workers)
+    processes = Processes(device)
+    loader = eval_loader(images, data_config, processes, batch_size=data.batch_size, workers=data.workers)
+    for note in images.notes:
+        print(f"{data.val_split}: {note}", file=sys.stderr)
     real_labels = (
         real_imagenet_labels(images.filenames(), settings.real_labels) if settings.real_labels is not None else None
     )
 
-    metrics = evaluate(model, loader, device, precision.autocast(device), real_labels=real_labels)
+    metrics = evaluate(model, loader, processes, precision.autocast(device), real_labels=real_labels)
     result = {
         "model": config.model,
         "checkpoint": str(settings.checkpoint),
         "data": str(data.data_dir),
-        "images": len(images),
+        "images": metrics.pop("images"),
         "num_classes": num_classes,
         "img_size": data_config["input_size"][-1],
         "crop_pct": data_config["crop_pct"],

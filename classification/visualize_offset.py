@@ -8,15 +8,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.models import create_model
 from torch import nn
 from torchvision.transforms.functional import normalize, to_tensor
 
 from litvit import cli
 from litvit.checkpoints import load_weights
+from litvit.data.dataset import unreadable
+from litvit.data.pixels import Decoder
 from litvit.dtm.offsets import merging_modules, predict_offsets, sampling_locations, save_plots
-from litvit.errors import InputError, is_from_user_code
+from litvit.errors import InputError, is_from_user_code, printable
 from litvit.models import Backbone
 from litvit.processes import choose_device
 from litvit.settings import add_flags, take
@@ -53,19 +55,20 @@ def build_model(name: str, checkpoint: str, img_size: Sequence[int] | None, mode
     return model
 
 
-def open_image(path: str) -> Image.Image:
-    """Open an image, upright and in RGB.
+def open_image(path: str, decoder: Decoder | None = None) -> Image.Image:
+    """Open an image as train.py does.
+
+    Args:
+        path: Image file.
+        decoder: How it becomes an image; None for RGB as stored.
 
     Raises:
         InputError: The file is missing, or cannot be read.
     """
     if not Path(path).is_file():
         raise InputError(f"no image at '{path}'")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the image '{path}': {error}") from error
+    with unreadable(lambda: f"'{printable(path)}'"), Image.open(path) as image:
+        return (decoder or Decoder())(image)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,7 +85,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
     add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
-    add_flags(parser, ModelConfig, only=("model", "imports", "model_kwargs", "mean", "std"))
+    add_flags(parser, ModelConfig, only=("model", "imports", "model_kwargs", "exif_transpose", "mean", "std"))
     args = parse_with_checkpoint(parser, argv)
     if args.size is None and "img_size" in args.description:
         args.size = [args.description["img_size"]]
@@ -99,13 +102,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plot offsets (`python visualize_offset.py --help`)."""
     args = _parse(argv)
     start = time.perf_counter()
-    image = open_image(args.vis_image)
+    config = take(ModelConfig, vars(args))
+    image = open_image(args.vis_image, config.decoder)
     model = build_model(args.model, args.checkpoint, args.size, args.model_kwargs)
     device = choose_device(args.device)
     model.to(device)
     height, width = args.size or model.img_size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    data_config = data_settings(take(ModelConfig, vars(args)), model)
+    data_config = data_settings(config, model)
     pixels = normalize(to_tensor(image), data_config["mean"], data_config["std"]).unsqueeze(0).to(device)
     locations = sampling_locations(predict_offsets(model, pixels))[0].cpu()
 

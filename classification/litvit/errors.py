@@ -22,6 +22,17 @@ class InputError(ValueError):
         return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
 
 
+def printable(name: str | os.PathLike) -> str:
+    r"""Return a name for a message: on one line, a line break as \n, a byte that is not text as \xff."""
+    escaped = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's type and message in one line."""
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": "))
+
+
 def is_from_user_code(error: BaseException | None) -> bool:
     """Return whether an exception, or one that caused it, comes from a config or a module of the user.
 

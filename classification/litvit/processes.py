@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch import Tensor
-from torch.utils.data._utils.worker import WorkerInfo
 
 from litvit.errors import InputError
 from litvit.memory import keep_freed_memory
@@ -169,12 +168,6 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-
-
-def seed_worker(info: WorkerInfo) -> int:
-    """Return the seed of a loader process of timm's, which leaves signals to the trainer too."""
-    leave_signals_to_the_trainer(info.id)
-    return info.seed
 
 
 def _end_with_the_trainer() -> None:

@@ -27,7 +27,12 @@ def setting(default: Any, metavar: str | None, help: str, *flags: str, training:
 
 
 def add_flags(
-    parser: argparse._ActionsContainer, group: type, *, training: bool = True, only: Sequence[str] = ()
+    parser: argparse._ActionsContainer,
+    group: type,
+    *,
+    training: bool = True,
+    only: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> None:
     """Add the flags of a dataclass of settings to a parser.
 
@@ -36,9 +41,12 @@ def add_flags(
         group: Dataclass with fields made by `setting`.
         training: Whether flags that only train.py has are added.
         only: Names of the fields to add, all if empty.
+        leave_out: Names of the fields not to add.
     """
     for part in fields(group):
-        if not part.metadata or (part.metadata["training"] and not training) or (only and part.name not in only):
+        if not part.metadata or (part.metadata["training"] and not training):
+            continue
+        if (only and part.name not in only) or part.name in leave_out:
             continue
         flags = part.metadata["flags"] or (f"--{part.name.replace('_', '-')}",)
         default = part.default if part.default is not MISSING else part.default_factory()

@@ -83,37 +83,63 @@ class Augmented(NamedTuple):
     flipped: bool
 
 
+class Crop(NamedTuple):
+    """A crop, in pixels of the whole image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class _Canvas(Image.Image):
+    """An image without pixels, for functions that ask for a size alone."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self._canvas = size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self._canvas
+
+    def getbands(self) -> tuple[str, ...]:
+        """Return the names of the channels."""
+        return ("L",)
+
+
 class JpegDraftCrop(RandomResizedCropAndInterpolation):
-    """timm's random crop, number for number, for which a large JPEG file is not decoded in full.
+    """timm's random crop, number for number, for which a large JPEG file is not decoded in full."""
 
-    libjpeg decodes to 1/2, 1/4 or 1/8 of the size for less (`Image.draft`). A file that is opened but not decoded yet
-    gets the smallest of these sizes at which the crop still has twice the pixels per side that it is resized to. That
-    moves the crop's edges by a quarter of a resulting pixel at most, and changes pixels by less than bilinear in place
-    of bicubic interpolation would.
-    """
+    def draw(self, size: tuple[int, int]) -> Crop:
+        """Draw a crop of an image of `size` (width, height)."""
+        return Crop(*self.get_params(_Canvas(size), self.scale, self.ratio))
 
-    def get_params(
-        self, image: Image.Image, scale: tuple[float, float], ratio: tuple[float, float]
-    ) -> tuple[int, int, int, int]:
-        """Choose a crop, and the size to decode.
+    def draft(self, image: Image.Image, crop: Crop) -> Crop:
+        """Let a JPEG file that is opened, and not decoded yet, be decoded no larger than a crop needs.
+
+        libjpeg decodes to 1/2, 1/4 or 1/8 of the size for less (`Image.draft`). The file gets the smallest of these
+        sizes at which the crop still has twice the pixels per side that it is resized to. That moves the crop's edges
+        by a quarter of a resulting pixel at most, and changes pixels by less than bilinear in place of bicubic
+        interpolation would.
 
         Args:
-            image: Image to crop. A JPEG file that is not decoded yet is downscaled in place by `Image.draft`.
-            scale: Bounds of the crop's share of the area.
-            ratio: Bounds of its width over its height.
+            image: Opened file, changed in place. It may be stored on its side.
+            crop: Crop of the upright image.
 
         Returns:
-            Top, left, height and width of the crop, in pixels of the image as it is now.
+            The crop in pixels of the size that the file will have.
         """
-        top, left, height, width = super().get_params(image, scale, ratio)
-        excess = min(height / self.size[0], width / self.size[1]) / 2
+        excess = min(crop.height / self.size[0], crop.width / self.size[1]) / 2
         whole = image.width
         drafted = image.draft(None, tuple(math.ceil(side / excess) for side in image.size))
         if drafted is None:  # not a JPEG file, or decoded already
-            return top, left, height, width
+            return crop
         reduction = whole / drafted[1][2]
-        top, left, bottom, right = (round(edge / reduction) for edge in (top, left, top + height, left + width))
-        return top, left, bottom - top, right - left
+        edges = crop.top, crop.left, crop.top + crop.height, crop.left + crop.width
+        top, left, bottom, right = (round(edge / reduction) for edge in edges)
+        return Crop(top, left, bottom - top, right - left)
 
 
 class TrainTransform:
@@ -155,22 +181,23 @@ class TrainTransform:
         if config.reprob > 0:
             self.erasing = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device="cpu")
 
-    def __call__(self, image: Image.Image) -> Augmented:
-        """Augment an image of any size."""
-        top, left, height, width = crop = self.choose_crop(image)
+    def __call__(self, image: Image.Image, crop: Crop | None = None) -> Augmented:
+        """Augment an image of any size.
+
+        Args:
+            image: Image.
+            crop: Crop that was drawn already; None to draw it here.
+        """
+        crop = crop or self.crop.draw(image.size)
         x, y = image.size
-        box = left / x, top / y, (left + width) / x, (top + height) / y
+        box = crop.left / x, crop.top / y, (crop.left + crop.width) / x, (crop.top + crop.height) / y
         image, flipped = self.flip(self.resize(image, crop))
         for colour in self.colours:
             image = colour(image)
         pixels = TF.pil_to_tensor(image)
         return Augmented(pixels, self.erase(pixels.shape), box, flipped)
 
-    def choose_crop(self, image: Image.Image) -> tuple[int, int, int, int]:
-        """Draw a crop: top, left, height and width in pixels of the image, which a JPEG file may change the size of."""
-        return self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-
-    def resize(self, image: Image.Image, crop: tuple[int, int, int, int]) -> Image.Image:
+    def resize(self, image: Image.Image, crop: Crop) -> Image.Image:
         """Cut out a crop, and resize it."""
         interpolation = self.crop.interpolation
         if isinstance(interpolation, tuple):

@@ -1,18 +1,24 @@
 """Images of a data set, read and augmented: the same sample for the same key, and unreadable files named."""
 
+import os
 import random
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from litvit.data.augment import TrainTransform
+from litvit.data.pixels import Decoder
 from litvit.data.random_streams import Stream, random_stream
 from litvit.data.sampler import SampleKey
-from litvit.errors import InputError, is_from_user_code
+from litvit.errors import InputError, is_from_user_code, one_line, printable
+
+_PILLOW = os.path.dirname(Image.__file__) + os.sep
 
 
 class Fault(NamedTuple):
@@ -42,21 +48,27 @@ class Sample(NamedTuple):
 
 
 class Images(Dataset):
-    """A timm data set whose training samples are reproducible and whose unreadable images are named.
+    """A data set whose training samples are reproducible and whose unreadable images are named.
 
     A `SampleKey` reads a training sample. It depends on (seed, epoch, position) alone: its augmentation, its erasing,
     and the image that replaces one that cannot be decoded. An integer reads an image for evaluation.
 
     Args:
-        dataset: timm's ImageDataset.
+        dataset: timm's ImageDataset, of which the reader is used.
         seed: Seed of the run.
+        decoder: How files become images.
+
+    Attributes:
+        notes: Sentences on what the data set leaves out, for the user.
     """
 
     TRIES = 10
 
-    def __init__(self, dataset: Dataset, seed: int = 0):
+    def __init__(self, dataset: Dataset, seed: int = 0, decoder: Decoder | None = None):
         self.dataset = dataset
         self.seed = seed
+        self.decoder = decoder or Decoder()
+        self.notes: list[str] = list(getattr(dataset.reader, "notes", ()))
         self.transform: Callable[[Image.Image], Any] | TrainTransform | None = None
         self.read_labels: Callable[[int], tuple[Tensor, list[Fault]]] | None = None  # label map of an image
 
@@ -75,10 +87,10 @@ class Images(Dataset):
             index, faults = key.index, []
             while True:
                 try:
-                    image, target = self._read(index, draft=True)
+                    image, target = self._read(index)
                     break
                 except InputError as error:
-                    faults.append(Fault(self.filenames([index])[0], str(error)))
+                    faults.append(Fault(self.name(index), str(error)))
                     if len(faults) == self.TRIES:
                         raise
                 index = random.randrange(len(self))
@@ -89,34 +101,100 @@ class Images(Dataset):
                 faults += label_faults
             return Sample(image.pixels, target, image.erased, labels, faults)
 
-    def _read(self, index: int, draft: bool = False) -> tuple[Any, int]:
-        """Read and transform an image. With `draft` the transform may choose the size that a JPEG decodes to."""
-        mode = self.dataset.input_img_mode
-        try:
+    def open(self, index: int) -> tuple[Image.Image, Any]:
+        """Open an image, without decoding it, and return it with its class.
+
+        Raises:
+            InputError: an unreadable image.
+        """
+        with unreadable(lambda: self.name(index)):
             file, target, *_ = self.dataset.reader[index]
-            image = Image.open(file)
-            if image.mode != mode:
-                image = image.convert(mode)
-            elif not draft or image.format != "JPEG":
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if is_from_user_code(error) and not isinstance(error, OSError):
-                raise
-            raise self._unreadable(index, error) from error
+            return Image.open(file), target
+
+    def _read(self, index: int) -> tuple[Any, int]:
+        image, target = self.open(index)
+        return transform_image(image, self.transform, self.decoder, lambda: self.name(index)), target
+
+    def name(self, index: int) -> str:
+        """Return the path of an image for a message."""
+        return printable(self.dataset.reader.filename(index, absolute=True))
+
+    def filenames(self) -> list[str]:
+        """Return the paths of the images."""
+        return self.dataset.reader.filenames(absolute=True)
+
+
+class EvaluationImages(Dataset):
+    """Images as samples for evaluation: one that cannot be read is blank, and has a fault.
+
+    Args:
+        images: Images with a transform.
+    """
+
+    def __init__(self, images: Images):
+        self.images, self.notes = images, images.notes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
         try:
-            return self.transform(image), target
-        except OSError as error:  # of a JPEG file that is decoded only now
-            if is_from_user_code(error):
+            pixels, target = self.images[index]
+            return Sample(pixels, target, None, None, [])
+        except InputError as error:
+            fault = Fault(self.images.name(index), str(error))
+            return blank_sample(self.images.transform, self.images.decoder, fault)
+
+
+def blank_sample(transform: Callable, decoder: Decoder, fault: Fault) -> Sample:
+    """Return a sample for evaluation in the place of an image that cannot be read."""
+    return Sample(transform(Image.new(decoder.mode, (64, 64))), 0, None, None, [fault])
+
+
+def transform_image(
+    image: Image.Image, transform: Callable | TrainTransform, decoder: Decoder, name: Callable[[], str]
+) -> Any:
+    """Decode an opened file and transform the image. With a `TrainTransform`, a JPEG file may be decoded smaller.
+
+    Args:
+        image: Opened file, not decoded yet.
+        transform: Function of the image.
+        decoder: How the file becomes an image.
+        name: Function that names the image in messages.
+
+    Raises:
+        InputError: an unreadable image.
+    """
+    arguments = ()
+    if isinstance(transform, TrainTransform) and image.format == "JPEG" and image.mode == decoder.mode:
+        with unreadable(name):
+            size = decoder.size(image)
+        arguments = (transform.crop.draft(image, transform.crop.draw(size)),)
+    with unreadable(name):
+        image = decoder(image)
+    with unreadable(name, of_pillow=True):  # an image may be so long and thin that it cannot be resized
+        return transform(image, *arguments)
+
+
+@contextmanager
+def unreadable(name: Callable[[], str], of_pillow: bool = False) -> Iterator[None]:
+    """Raise InputError for any exception, which broken files make decoders raise, but not for those of the user's code.
+
+    Args:
+        name: Function that names the image in the message.
+        of_pillow: Whether only exceptions that Pillow raises are meant.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if of_pillow and not isinstance(error, MemoryError):
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if not frame.f_code.co_filename.startswith(_PILLOW):
                 raise
-            raise self._unreadable(index, error) from error
-
-    def _unreadable(self, index: int, error: Exception) -> InputError:
-        path = self.filenames([index])[0]
-        return InputError(f"cannot read the image {path} ({error}): repair or replace it")
-
-    def filenames(self, indices: list[int] | None = None) -> list[str]:
-        """Return the paths of the images, or of those at `indices`."""
-        reader = self.dataset.reader
-        if indices is None:
-            return reader.filenames(absolute=True)
-        return [reader.filename(index, absolute=True) for index in indices]
+        file_is_missing = isinstance(error, OSError) and not of_pillow  # a reader of the user's may open it
+        if is_from_user_code(error) and not file_is_missing:
+            raise
+        reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise InputError(f"cannot read the image {name()} ({reason}): repair or replace it") from error

@@ -1,27 +1,30 @@
 """Samples to batches on the device."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from timm.data import IterableImageDataset, create_loader
-from timm.data.loader import PrefetchLoader
+from timm.data import create_transform
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from litvit.data.augment import AUGMENTATIONS, AugmentConfig, TrainTransform, create_mixup
-from litvit.data.dataset import Fault, Labels, Sample
+from litvit.data.augment import AugmentConfig, TrainTransform, create_mixup
+from litvit.data.dataset import EvaluationImages, Fault, Images, Labels, Sample
+from litvit.data.pixels import Decoder
 from litvit.data.readers import DataConfig, class_list, open_train_and_val
 from litvit.data.sampler import EpochSampler
+from litvit.data.streams import ImageStream
 from litvit.data.token_labels import TokenLabels, soft_targets
 from litvit.errors import InputError
-from litvit.processes import Processes, leave_signals_to_the_trainer, seed_worker
+from litvit.processes import Processes, leave_signals_to_the_trainer
 
 
 class Batch(NamedTuple):
-    """Training samples on the device."""
+    """Samples on the device."""
 
     images: Tensor  # (B, C, H, W), normalised
     target: Tensor  # (B,): classes; with token labels `soft_targets`
@@ -29,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """Training samples on their way to the device: a quarter of the bytes of normalised images."""
+    """Samples on their way to the device: a quarter of the bytes of normalised images."""
 
     images: Tensor  # uint8 (B, C, H, W)
     target: Tensor  # (B,)
@@ -58,7 +61,7 @@ class DevicePrefetcher:
     """Batches of a loader, moved to the device and normalised there, on a GPU while it computes on the previous batch.
 
     Args:
-        loader: Loader of `RawBatch`es, with an `EpochSampler`.
+        loader: Loader of `RawBatch`es. To train it has an `EpochSampler`.
         mean: Mean per channel, of images from 0 to 1.
         std: Standard deviation per channel.
         device: Device of the batches.
@@ -82,6 +85,11 @@ class DevicePrefetcher:
     def dataset(self) -> Dataset:
         """The data set of the batches."""
         return self.loader.dataset
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler of the batches, which timm asks for the number of images without padding."""
+        return self.loader.sampler
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the epoch of the next batches, and the step that they start at."""
@@ -120,37 +128,35 @@ class DevicePrefetcher:
         return Batch(images, target, raw.faults)
 
 
-class StreamedBatches:
-    """Batches of a streamed data set (WebDataset, Hugging Face), whose order is the reader's own.
+class StreamedBatches(DevicePrefetcher):
+    """Training batches of an `ImageStream`, whose order is the stream's own.
 
     An epoch that was interrupted is continued by reading from its start, past what was seen.
 
     Args:
-        loader: timm's loader of the data set.
+        loader: Loader of `RawBatch`es.
         accum_steps: Number of micro-batches per optimizer step.
+        kwargs: Further arguments of `DevicePrefetcher`.
     """
 
-    def __init__(self, loader: PrefetchLoader, accum_steps: int):
-        self.loader, self.accum_steps = loader, accum_steps
-        self.dataset = loader.dataset
-        self.first_batch = 0
+    def __init__(self, loader: DataLoader, accum_steps: int, **kwargs):
+        super().__init__(loader, **kwargs)
+        self.accum_steps, self.first_batch = accum_steps, 0
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.dataset.batches
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the epoch of the next batches, and the step that they start at."""
-        self.dataset.set_epoch(epoch)
+        self.dataset.epoch.value = epoch
         self.first_batch = first_step * self.accum_steps
 
     def __iter__(self) -> Iterator[Batch]:
-        for index, (images, target) in enumerate(self.loader):
-            if index >= self.first_batch:
-                yield Batch(images, target, [])
+        return itertools.islice(super().__iter__(), self.first_batch, None)
 
 
 def train_loader(
-    dataset: Dataset,
+    dataset: Images | ImageStream,
     augment: AugmentConfig,
     data_config: dict,
     processes: Processes,
@@ -177,89 +183,87 @@ def train_loader(
         whole epoch.
 
     Raises:
-        InputError: augmentation that is not possible, or fewer images than a total batch.
+        InputError: augmentation that is not possible, fewer images than a total batch, or a stream that cannot be
+            shared by the processes.
     """
-    device, input_size = processes.device, data_config["input_size"]
+    rank, world_size = processes.rank, processes.world_size
     normalisation = {"mean": data_config["mean"], "std": data_config["std"]}
     workers = default_workers() if workers is None else workers
-    if isinstance(dataset, IterableImageDataset):
+    dataset.transform = TrainTransform(augment, data_config["input_size"], **normalisation)
+    if isinstance(dataset, ImageStream):
         if augment.aug_repeats:
             raise InputError("repeated augmentation needs random access: --aug-repeats 0 with a streamed data set")
-        if augment.aa in AUGMENTATIONS:
-            raise InputError(f"--aa {augment.aa}: a streamed data set takes timm's policies only")
-        TrainTransform(augment, input_size, **normalisation)  # finds wrong settings, which timm's loader meets late
-        loader = create_loader(
-            dataset,
-            input_size,
-            batch_size,
-            is_training=True,
-            re_prob=augment.reprob,
-            re_mode=augment.remode,
-            re_count=augment.recount,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            device=device,
-            worker_seeding=seed_worker,
-            **augment.timm_arguments(),
-            **normalisation,
-        )
-        return StreamedBatches(loader, accum_steps)
-    dataset.transform = TrainTransform(augment, input_size, **normalisation)
+        total_batch = batch_size * accum_steps * world_size
+        if len(dataset) < total_batch:
+            count = len(dataset) or "an unknown number of"
+            raise InputError(
+                f"{count} training images do not fill one total batch of {total_batch}: --train-num-samples says how "
+                "many the stream has"
+            )
+        batches = len(dataset) // total_batch * accum_steps
+        workers = dataset.deal(rank, world_size, workers, batch_size, batches)
+        loader = _loader(dataset, processes.device, workers, batch_size=batch_size)
+        return StreamedBatches(loader, accum_steps, device=processes.device, **normalisation)
     dataset.read_labels = None if token_labels is None else token_labels.read_or_blank
     sampler = EpochSampler(
         len(dataset),
         batch_size,
         accum_steps=accum_steps,
-        rank=processes.rank,
-        world_size=processes.world_size,
+        rank=rank,
+        world_size=world_size,
         seed=dataset.seed,
         repeats=augment.aug_repeats,
     )
-    loader = DataLoader(
+    loader = _loader(dataset, processes.device, workers, batch_sampler=sampler)
+    return DevicePrefetcher(loader, device=processes.device, token_labels=token_labels, **normalisation)
+
+
+def eval_loader(
+    dataset: Images | ImageStream,
+    data_config: dict,
+    processes: Processes,
+    *,
+    batch_size: int,
+    workers: int | None = None,
+) -> DevicePrefetcher:
+    """Make a loader of resized, cropped, normalised batches on the device, in the data set's order.
+
+    Images that cannot be read are blank there, and have faults.
+
+    Args:
+        dataset: Images, from `open_images`.
+        data_config: timm's input_size, interpolation, mean, std and crop_pct.
+        processes: The processes that share the images, and this one's device.
+        batch_size: Number of images per batch.
+        workers: Number of loader processes, None for `default_workers`.
+
+    Raises:
+        InputError: a stream that cannot be shared by the processes.
+    """
+    rank, world_size = processes.rank, processes.world_size
+    workers = default_workers() if workers is None else workers
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct")
+    dataset.transform = create_transform(**{name: data_config[name] for name in names}, use_prefetcher=True)
+    sampler = None
+    if isinstance(dataset, ImageStream):
+        workers = dataset.deal(rank, world_size, workers, batch_size, batches=0)
+    else:
+        dataset = EvaluationImages(dataset)
+        sampler = OrderedDistributedSampler(dataset, world_size, rank) if world_size > 1 else None
+    loader = _loader(dataset, processes.device, workers, batch_size=batch_size, sampler=sampler)
+    return DevicePrefetcher(loader, data_config["mean"], data_config["std"], processes.device)
+
+
+def _loader(dataset: Dataset, device: torch.device, workers: int, **kwargs) -> DataLoader:
+    """Make a loader whose processes stay for the next epoch."""
+    return DataLoader(
         dataset,
-        batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals_to_the_trainer,
-    )
-    return DevicePrefetcher(loader, device=device, token_labels=token_labels, **normalisation)
-
-
-def eval_loader(
-    dataset: Dataset,
-    data_config: dict,
-    device: torch.device,
-    *,
-    batch_size: int,
-    workers: int | None = None,
-    distributed: bool = False,
-) -> PrefetchLoader:
-    """Make a loader of resized, cropped, normalised batches on the device, in the data set's order.
-
-    Args:
-        dataset: Images, from `open_images`.
-        data_config: timm's input_size, interpolation, mean, std and crop_pct.
-        device: Device of the batches.
-        batch_size: Number of images per batch.
-        workers: Number of loader processes, None for `default_workers`.
-        distributed: Whether the images are dealt out to the processes.
-    """
-    return create_loader(
-        dataset,
-        data_config["input_size"],
-        batch_size,
-        is_training=False,
-        interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-        crop_pct=data_config["crop_pct"],
-        num_workers=default_workers() if workers is None else workers,
-        distributed=distributed,
-        pin_memory=device.type == "cuda",
-        device=device,
-        worker_seeding=seed_worker,
+        **kwargs,
     )
 
 
@@ -269,22 +273,27 @@ class TrainingData:
     Args:
         config: Data to open.
         augment: Augmentation of the training images, and of their batches.
-        in_chans: Number of image channels.
+        decoder: How files become images; None for RGB as stored.
         seed: Seed of the run.
 
     Raises:
         InputError: data that cannot be trained on.
     """
 
-    def __init__(self, config: DataConfig, augment: AugmentConfig, in_chans: int = 3, seed: int = 0):
+    def __init__(self, config: DataConfig, augment: AugmentConfig, decoder: Decoder | None = None, seed: int = 0):
         self.config, self.augment = config, augment
-        self.train, self.val, self.num_classes = open_train_and_val(config, in_chans, seed)
+        self.train, self.val, self.num_classes = open_train_and_val(config, decoder, seed)
         self.classes = class_list(self.train)
+        if self.num_classes < 2:
+            raise InputError(
+                f"{config.data_dir} has one class, {', '.join(self.classes or [])}: to train a classifier takes two, "
+                f"with one folder each in {config.train_split}/"
+            )
         self.mixup = create_mixup(augment, self.num_classes)
 
     def batches(
         self, data_config: dict, processes: Processes, accum_steps: int = 1, token_labels: TokenLabels | None = None
-    ) -> tuple[DevicePrefetcher | StreamedBatches, PrefetchLoader]:
+    ) -> tuple[DevicePrefetcher | StreamedBatches, DevicePrefetcher]:
         """Make the loaders of training and validation batches, see `train_loader` and `eval_loader`."""
         sizes = {"batch_size": self.config.batch_size, "workers": self.config.workers}
         train = train_loader(
@@ -297,8 +306,7 @@ class TrainingData:
             **sizes,
         )
         sizes["batch_size"] = self.config.eval_batch_size
-        val = eval_loader(self.val, data_config, processes.device, distributed=processes.distributed, **sizes)
-        return train, val
+        return train, eval_loader(self.val, data_config, processes, **sizes)
 
 
 def default_workers() -> int:

@@ -1,21 +1,25 @@
-"""Find and open image data sets, and number their classes. timm's readers read them."""
+"""Find and open image data sets, and number their classes."""
 
+import os
 import pickle
-from collections.abc import Callable, Iterable
+import tarfile
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
-from torch.utils.data import Dataset, IterableDataset
 
 from litvit.data.dataset import Images
-from litvit.errors import InputError
+from litvit.data.hugging_face import HuggingFaceRows, HuggingFaceStream
+from litvit.data.listing import ImageFiles, class_folders, shorten
+from litvit.data.pixels import Decoder
+from litvit.data.streams import ImageStream, Source, TimmStream, WebDatasetShards
+from litvit.errors import InputError, one_line, printable
 from litvit.settings import setting
 
-READERS = ("hfds", "hfids", "wds", "tfds")
+STREAMS: dict[str, type[Source]] = {"hfids": HuggingFaceStream, "wds": WebDatasetShards, "tfds": TimmStream}
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "test", "eval")}
 # Readers of data sets by name, for --dataset: a function of (root, split) that returns a reader of timm's interface.
 OWN_READERS: dict[str, Callable[[str, str], Reader]] = {}
@@ -38,10 +42,14 @@ class DataConfig:
     """Images of a run, and the size of their batches."""
 
     data_dir: str
-    dataset: str = setting("", "READER", "reader of timm, hfds/NAME, hfids/NAME, wds/ ... (folder or .tar)")
+    dataset: str = setting(
+        "", "READER", "hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME, or one of --import (folder or .tar)"
+    )
     val_split: str = setting("val", "NAME", "split to validate on (val, validation or test)", "--val-split", "--split")
     val_num_samples: int | None = setting(None, "N", "length of a streamed validation set")
     class_map: str | None = setting(None, "FILE", "class names in the order of their numbers, one per line")
+    input_key: str | None = setting(None, "KEY", "column, or suffix in a shard, of the images (found if there is one)")
+    target_key: str | None = setting(None, "KEY", "column, or field of a shard's .json, of the classes (likewise)")
     num_classes: int | None = setting(None, "N", "number of classes (counted from the data if possible)")
     batch_size: int = setting(128, "N", "images per process and micro-batch", "-b", "--batch-size")
     workers: int | None = setting(
@@ -95,102 +103,118 @@ def find_split(root: str, split: str, *, or_itself: bool = False) -> Path:
 
 
 def open_images(
-    root: str,
+    config: DataConfig,
     split: str,
     *,
-    dataset: str = "",
-    class_map: str | dict[str, int] | None = None,
-    num_samples: int | None = None,
-    batch_size: int = 1,
-    in_chans: int = 3,
+    known_classes: Collection[str] = (),
+    decoder: Decoder | None = None,
     seed: int = 0,
     is_training: bool = False,
     or_itself: bool = False,
-) -> Dataset:
+) -> Images | ImageStream:
     """Open one split of a data set.
 
     Args:
-        root: Data folder; for Hugging Face and WebDataset, the root that timm takes.
+        config: Data to open.
         split: Name of the split.
-        dataset: Reader: one of timm's with the data set's name, such as "hfds/NAME", or one of `register_reader`'s;
-            empty for a folder or .tar.
-        class_map: File with the class names in the order of their numbers, or class name to number.
-        num_samples: Length of a stream.
-        batch_size: Batch size, which some streaming readers ask for.
-        in_chans: Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA.
+        known_classes: Class names of the model or of the training images, if they are known.
+        decoder: How files become images; None for RGB as stored.
         seed: Seed of the run.
-        is_training: Whether a stream is to be shuffled.
-        or_itself: Whether `root` may be the split itself, see `find_split`.
-
-    Returns:
-        `Images`, or timm's IterableImageDataset for a stream.
+        is_training: Whether a stream is shuffled, and repeated to the length of an epoch.
+        or_itself: Whether the data folder may be the split itself, see `find_split`.
 
     Raises:
-        InputError: no images, or a reader that this environment cannot use.
+        InputError: no images, a class map that does not fit, or a reader that this environment cannot use.
     """
-    kwargs = {}
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(in_chans, "RGB")
-    if dataset in OWN_READERS:
-        reader = OWN_READERS[dataset](root, split)
-        if class_map:
-            reader = _Renumbered(reader, class_map if isinstance(class_map, dict) else _read_class_map(class_map, root))
-        return Images(ImageDataset(root, reader=reader, input_img_mode=mode), seed)
-    if dataset:
-        if dataset.partition("/")[0].lower() not in READERS:
-            own = "".join(f", {name}" for name in OWN_READERS)
-            raise InputError(f"--dataset {dataset}: timm's readers are {', '.join(f'{r}/NAME' for r in READERS)}{own}")
-        location = root
+    root, decoder = config.data_dir, decoder or Decoder()
+    numbers = read_class_map(config.class_map, root) if config.class_map else None
+    kind, _, name = config.dataset.partition("/")
+    kind = kind.lower()
+    if config.dataset in OWN_READERS:
+        reader = OWN_READERS[config.dataset](root, split)
+    elif not config.dataset:
+        reader = _open_files(find_split(root, split, or_itself=or_itself), known_classes or numbers or ())
+    elif kind not in ("hfds", *STREAMS):
+        known = ", ".join([*(f"{reader}/NAME" for reader in ("hfds", *STREAMS)), *OWN_READERS])
+        raise InputError(f"--dataset {config.dataset}: the readers are {known}")
     else:
-        location = str(find_split(root, split, or_itself=or_itself))
-        if location.endswith(".tar"):
-            kwargs["cache_tarinfo"] = False  # timm would keep the index as a pickle next to a large tar, and trust it
+        keys = {"input_key": config.input_key, "target_key": config.target_key}
+        try:
+            if kind == "hfds":
+                reader = HuggingFaceRows(name, split, root, **keys)
+            else:
+                num_samples = config.train_num_samples if is_training else config.val_num_samples
+                source = STREAMS[kind](name, split, root, numbers=numbers, num_samples=num_samples, **keys)
+                return ImageStream(source, seed, decoder, is_training)
+        except ImportError as error:
+            raise InputError(f"--dataset {config.dataset} needs a package: pip install {error.name}") from error
+        except InputError:
+            raise
+        except Exception as error:  # the libraries raise many kinds of errors for what is missing or broken
+            raise InputError(f"cannot read {split} of --dataset {config.dataset}: {one_line(error)}") from error
+    images = Images(ImageDataset(root, reader=reader), seed, decoder)
+    if numbers:
+        number_classes(images, numbers, split, "the class map")
+    return images
+
+
+def _open_files(path: Path, known_classes: Collection[str]) -> ImageFiles:
     try:
-        opened = create_dataset(
-            dataset,
-            root=location,
-            split=split,
-            search_split=False,
-            class_map=class_map or "",
-            is_training=is_training,
-            batch_size=batch_size,
-            num_samples=num_samples,
-            seed=seed,
-            input_img_mode=mode,
-            **kwargs,
+        return ImageFiles(path, known_classes)
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(f"cannot read {printable(path)}: {one_line(error)}") from error
+
+
+def read_class_map(file: str, root: str = "") -> dict[str, int]:
+    """Read the numbers of classes: a .txt with one name per line, from 0, or a .pkl with a dictionary.
+
+    Args:
+        file: Path of the file, of its own or in `root`.
+        root: Data folder.
+
+    Raises:
+        InputError: no such file, a name that comes twice, an empty line between names, a number that is not one.
+    """
+    path = file if os.path.exists(file) else os.path.join(root, file)
+    try:
+        if not path.lower().endswith(".txt"):
+            numbers = load_class_map(path)
+        else:
+            names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
+            numbers = {name: number for number, name in enumerate(names)}
+            twice = next((name for number, name in enumerate(names) if numbers[name] != number), None)
+            if "" in numbers or twice:
+                where = f"line {names.index('') + 1} is empty" if "" in numbers else f"{printable(twice)} comes twice"
+                raise InputError(f"the class map {file}: {where}, so that the classes below it have other numbers")
+    except (OSError, AssertionError, UnicodeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read the class map {file}: {one_line(error)}") from error
+    wrong = next((pair for pair in numbers.items() if type(pair[1]) is not int or pair[1] < 0), None)
+    if wrong or len(set(numbers.values())) < len(numbers) or not numbers:
+        what = (
+            f"{wrong[0]} has the number {wrong[1]!r}"
+            if wrong
+            else "two classes share a number"
+            if numbers
+            else "no class"
         )
-    except ImportError as error:
-        raise InputError(f"--dataset {dataset} needs a package: pip install {error.name}") from error
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, pickle.UnpicklingError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot read the {split} images of {location}: {message}") from error
-    return opened if isinstance(opened, IterableDataset) else Images(opened, seed)
-
-
-def _read_class_map(file: str, root: str) -> dict[str, int]:
-    try:
-        return load_class_map(file, root)
-    except (OSError, AssertionError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"cannot read the class map {file}: {' '.join(str(error).split())}") from error
+        raise InputError(f"the class map {file}: {what}; every class needs a number of its own, from 0")
+    return {str(name): number for name, number in numbers.items()}
 
 
 class _Renumbered(Reader):
-    """A reader of one's own with other class numbers.
+    """A reader with other class numbers.
 
     Args:
         reader: Reader with `class_to_idx`.
         numbers: Number of each class.
-
-    Raises:
-        InputError: a class of the reader has no number, or the reader's classes have no names.
     """
 
-    def __init__(self, reader: Reader, numbers: dict[str, int]):
-        names = getattr(reader, "class_to_idx", None)
-        if not names:
-            raise InputError(f"the classes of {type(reader).__name__} have no names (class_to_idx) to number them by")
-        check_classes_known(names, numbers, "the data", "the class map")
-        self.reader, self.class_to_idx = reader, {name: numbers[name] for name in names}
-        self._numbers = {number: numbers[name] for name, number in names.items()}
+    def __init__(self, reader: Reader, numbers: Mapping[str, int]):
+        super().__init__()
+        self.reader, self.class_to_idx = reader, dict(numbers)
+        self._numbers = {number: numbers[name] for name, number in reader.class_to_idx.items()}
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -203,16 +227,39 @@ class _Renumbered(Reader):
         return self.reader._filename(index, basename=basename, absolute=absolute)
 
 
-def class_names(dataset: Dataset) -> dict[str, int] | None:
+def number_classes(images: Images, numbers: Mapping[str, int], where: str, source: str) -> None:
+    """Give the classes of images other numbers, and note which of these no image has.
+
+    Args:
+        images: Images, changed in place.
+        numbers: Class name to number.
+        where: Name of the images, for messages.
+        source: Source of the numbers, for messages.
+
+    Raises:
+        InputError: a class has no number, or the reader's classes have no names.
+    """
+    names = class_names(images)
+    if not names:
+        reader = type(images.dataset.reader).__name__
+        raise InputError(f"the classes of {reader} have no names (class_to_idx) to number them by")
+    check_classes_known(names, numbers, where, source)
+    absent = [name for name in numbers if name not in names]
+    if absent:
+        images.notes.append(f"no images of {len(absent)} classes of {source}: {shorten(absent)}")
+    if names != numbers:
+        images.dataset.reader = _Renumbered(images.dataset.reader, numbers)
+
+
+def class_names(images: Images | ImageStream) -> dict[str, int] | None:
     """Return class name to number as the reader counted them, None if it does not say."""
-    reader = getattr(dataset, "dataset", dataset).reader
-    names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    return dict(names) if names else None
+    reader = images.source if isinstance(images, ImageStream) else images.dataset.reader
+    return dict(getattr(reader, "class_to_idx", None) or {}) or None
 
 
-def class_list(dataset: Dataset) -> list[str] | None:
+def class_list(images: Images | ImageStream) -> list[str] | None:
     """Return the class names in the order of their numbers, None if the reader does not say or leaves numbers out."""
-    names = {number: str(name) for name, number in (class_names(dataset) or {}).items()}
+    names = {number: str(name) for name, number in (class_names(images) or {}).items()}
     return [names[number] for number in range(len(names))] if names.keys() == set(range(len(names))) else None
 
 
@@ -220,12 +267,9 @@ def train_classes(config: DataConfig) -> list[str] | None:
     """Return the names of the class folders of a data folder's train/, None if there are none or `class_map` is set."""
     try:
         folder = find_split(config.data_dir, "train")
-    except InputError:
+        return None if config.dataset or config.class_map or not folder.is_dir() else class_folders(folder)
+    except (InputError, OSError):
         return None
-    if config.dataset or config.class_map or not folder.is_dir():
-        return None
-    paths = (path for path in folder.glob("[!.]*") if path.is_dir())
-    return sorted((path.name for path in paths if next(path.iterdir(), None)), key=natural_key) or None
 
 
 def check_classes_known(found: Iterable[str], known: Iterable[str], where: str, source: str) -> None:
@@ -254,48 +298,39 @@ def check_class_numbers(found: list[str] | None, known: list[str] | None, where:
     raise InputError(f"the classes of {where} are not {source}: {differ}")
 
 
-def open_for_evaluation(config: DataConfig, classes: list[str] | None, in_chans: int = 3) -> Dataset:
+def open_for_evaluation(
+    config: DataConfig, classes: list[str] | None, decoder: Decoder | None = None
+) -> Images | ImageStream:
     """Open the images to evaluate on, with the model's class numbers.
 
     Args:
         config: Data to open the `val_split` of.
         classes: Model's classes in the order of their numbers; None for those of the train/ folder next to it.
-        in_chans: Number of image channels.
+        decoder: How files become images; None for RGB as stored.
 
     Raises:
         InputError: no images, or classes that the model does not know.
     """
-
-    def open_(class_map: str | dict[str, int] | None) -> Dataset:
-        return open_images(
-            config.data_dir,
-            config.val_split,
-            dataset=config.dataset,
-            class_map=class_map,
-            num_samples=config.val_num_samples,
-            batch_size=config.batch_size,
-            in_chans=in_chans,
-            or_itself=True,
-        )
-
-    images = open_(config.class_map)
-    numbers = class_names(images) or {}
-    found = [str(name) for name in sorted(numbers, key=numbers.get)]
-    known = classes or train_classes(config)
-    if config.class_map or not found or not known or found == known:
+    known = classes or train_classes(config) or []
+    images = open_images(config, config.val_split, known_classes=known, decoder=decoder, or_itself=True)
+    found = class_names(images)
+    if config.class_map or not found or not known or isinstance(images, ImageStream):
         return images
-    if len(found) == len(known) and not set(found) & set(known):
+    if len(found) == len(known) and not found.keys() & set(known):
         return images  # as many classes, all with other names: ImageNet-V2's folders are numbers
-    check_classes_known(found, known, config.val_split, "the checkpoint" if classes else "train/")
-    return open_({name: number for number, name in enumerate(known)})
+    numbers = {name: number for number, name in enumerate(known)}
+    number_classes(images, numbers, config.val_split, "the checkpoint" if classes else "train/")
+    return images
 
 
-def open_train_and_val(config: DataConfig, in_chans: int = 3, seed: int = 0) -> tuple[Dataset, Dataset, int]:
+def open_train_and_val(
+    config: DataConfig, decoder: Decoder | None = None, seed: int = 0
+) -> tuple[Images | ImageStream, Images | ImageStream, int]:
     """Open both splits, give their classes the same numbers, and count them.
 
     Args:
         config: Data to open.
-        in_chans: Number of image channels.
+        decoder: How files become images; None for RGB as stored.
         seed: Seed of the run.
 
     Returns:
@@ -304,28 +339,13 @@ def open_train_and_val(config: DataConfig, in_chans: int = 3, seed: int = 0) -> 
     Raises:
         InputError: data that cannot be trained on; the line names the folder or class.
     """
-
-    def open_(split: str, num_samples: int | None, class_map: str | dict[str, int] | None, training: bool) -> Dataset:
-        return open_images(
-            config.data_dir,
-            split,
-            dataset=config.dataset,
-            class_map=class_map,
-            num_samples=num_samples,
-            batch_size=config.batch_size,
-            in_chans=in_chans,
-            seed=seed,
-            is_training=training,
-        )
-
     if not config.dataset:
         find_split(config.data_dir, config.val_split)  # before the long listing of train/
-    train = open_(config.train_split, config.train_num_samples, config.class_map, True)
-    val = open_(config.val_split, config.val_num_samples, config.class_map, False)
-    classes, val_classes = class_names(train), class_names(val)
-    if classes and val_classes and classes != val_classes:
-        check_classes_known(val_classes, classes, config.val_split, config.train_split)
-        val = open_(config.val_split, config.val_num_samples, classes, False)
+    train = open_images(config, config.train_split, decoder=decoder, seed=seed, is_training=True)
+    classes = class_names(train)
+    val = open_images(config, config.val_split, known_classes=classes or (), decoder=decoder, seed=seed)
+    if classes and isinstance(val, Images) and class_names(val):
+        number_classes(val, classes, config.val_split, config.train_split)
     counted = max(classes.values()) + 1 if classes else None
     if config.num_classes is None and counted is None:
         raise InputError(f"--dataset {config.dataset} does not say how many classes it has: give --num-classes")

@@ -114,7 +114,7 @@ class Saver:
         due = progress.step % self.every == 0 if by_steps else time.monotonic() - self.last_save > self.every
         due = due and self.processes.primary and progress.steps_in_epoch < self.steps_per_epoch
         for fault in faults:
-            logger.warning("cannot decode %s: another image takes its place", fault.path)
+            logger.warning("%s; another image takes its place", fault.reason)
         progress.unreadable += [fault.path for fault in faults]
         stop, due, count = self.processes.sum(self.signals.received is not None, due, len(progress.unreadable))
         if count > self.limit:

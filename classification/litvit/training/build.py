@@ -33,7 +33,7 @@ def build_trainer(config: Config) -> Trainer:
     # Before the data is opened: timm's streaming readers ask for the number of processes.
     processes = start_processes(config.run.device, config.run.dry_run)
     _check_same_checkpoint(processes, resumed, folder)
-    data = TrainingData(config.data, config.augment, config.model.in_chans, config.run.seed)
+    data = TrainingData(config.data, config.augment, config.model.decoder, config.run.seed)
 
     seed_everything(Stream.WEIGHTS, config.run.seed)
     model = build_model(config.model, data.num_classes)
@@ -102,6 +102,7 @@ def _describe(
         "num_classes": num_classes,
         "classes": classes,
         "in_chans": config.in_chans,
+        "exif_transpose": config.exif_transpose,
         "img_size": data_config["input_size"][-1],
         **{name: data_config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
     }

@@ -1,5 +1,6 @@
 """Accuracy of a classifier on a data set."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -9,14 +10,20 @@ from timm.data import RealLabelsImagenet
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 
+from litvit.data.loader import Batch
+from litvit.errors import InputError
+from litvit.processes import Processes
+
+logger = logging.getLogger("litvit")
+MAX_NAMED = 20  # images that an error names
+
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable,
-    device: torch.device,
+    loader: Iterable[Batch],
+    processes: Processes,
     autocast: Callable[[], AbstractContextManager],
     *,
-    distributed: bool = False,
     real_labels: RealLabelsImagenet | None = None,
     after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
@@ -24,23 +31,27 @@ def evaluate(
 
     Args:
         model: Model from images (B, C, H, W) to logits (B, num_classes).
-        loader: Batches of images and classes, such as `eval_loader`'s.
-        device: Device of the counts.
+        loader: Batches from `eval_loader`.
+        processes: The processes that share the batches, and this one's device. Counts are summed over them.
         autocast: Function that makes the context of mixed precision.
-        distributed: Whether the counts are summed over all processes.
-        real_labels: Labels of ImageNet-Real to count by too; not with `distributed`.
+        real_labels: Labels of ImageNet-Real to count by too, for one process.
         after_batch: Function that is called after every batch.
 
     Returns:
-        loss (mean cross-entropy), top1 and top5 in percent, images_per_second (over all processes), and real_top1 and
-        real_top5 if `real_labels` is given.
+        loss (mean cross-entropy), top1 and top5 in percent, images (how many), images_per_second (over all processes),
+        and real_top1 and real_top5 if `real_labels` is given.
+
+    Raises:
+        InputError: images that cannot be read, in all processes, when all images have been tried.
     """
     was_training = model.training
     model.eval()
-    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    evaluator = ClassificationEvaluator(processes.device, max_samples=evaluation_sample_limit(loader))
+    faults = []
     start = time.perf_counter()
     with torch.inference_mode():
-        for images, target in loader:
+        for images, target, unreadable in loader:
+            faults += unreadable
             with autocast():
                 logits = model(images)
             evaluator.update(logits, target)
@@ -48,11 +59,18 @@ def evaluate(
                 real_labels.add_result(logits)
             if after_batch is not None:
                 after_batch()
-        metrics = dict(evaluator.compute(distributed))  # reads the counts, so it waits for the device
+        metrics = dict(evaluator.compute(processes.distributed))  # reads the counts, so it waits for the device
     seconds = time.perf_counter() - start
     model.train(was_training)
-    processes = torch.distributed.get_world_size() if distributed else 1
-    metrics["images_per_second"] = evaluator.num_samples * processes / seconds
+    reasons = list(dict.fromkeys(processes.gather([fault.reason for fault in faults])))  # padding repeats images
+    if reasons:
+        more = f"; and {len(reasons) - MAX_NAMED} more" if len(reasons) > MAX_NAMED else ""
+        raise InputError(f"{len(reasons)} images cannot be evaluated: {'; '.join(reasons[:MAX_NAMED])}{more}")
+    (metrics["images"],) = map(int, processes.sum(evaluator.num_samples))
+    expected = len(getattr(loader, "dataset", ()))
+    if expected and metrics["images"] != expected:
+        logger.warning("%d images were evaluated, not the %d that were announced", metrics["images"], expected)
+    metrics["images_per_second"] = metrics["images"] / seconds
     if real_labels is not None:
         accuracy = real_labels.get_accuracy()
         metrics["real_top1"], metrics["real_top5"] = accuracy[1], accuracy[5]

@@ -15,6 +15,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
+from litvit.data.pixels import Decoder
 from litvit.errors import InputError, is_from_user_code
 from litvit.models.backbone import Backbone
 from litvit.settings import setting
@@ -43,7 +44,8 @@ class ModelConfig:
         (), "MODULE", "modules of your own that register models and the like", "--import", nargs="+"
     )
     img_size: int | None = setting(None, "N", "pixels per side (the model's own; ours: 224)")
-    in_chans: int = setting(3, "N", "image channels")
+    in_chans: int = setting(3, "N", "image channels: 1 for grey, 3 for RGB, 4 for RGBA")
+    exif_transpose: bool = setting(False, None, "turn photographs upright by their EXIF orientation (off: as stored)")
     model_kwargs: dict[str, Any] = setting({}, "K=V", "further arguments of the model", nargs="*", type=key_value)
     crop_pct: float | None = setting(None, "X", "crop / resize of validation (the model's own)")
     interpolation: str | None = setting(None, "NAME", "interpolation of validation (the model's own)")
@@ -56,6 +58,11 @@ class ModelConfig:
     )
     grad_checkpointing: bool = setting(False, None, "recompute blocks in the backward pass: less memory", training=True)
     sync_bn: bool = setting(False, None, "BatchNorm statistics over all GPUs", training=True)
+
+    @property
+    def decoder(self) -> Decoder:
+        """How files become the model's images."""
+        return Decoder(self.in_chans, self.exif_transpose)
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.data.loader import PrefetchLoader
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import distribute_bn, get_state_dict, unwrap_model
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from litvit.data.dataset import Fault
 from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches
 from litvit.data.random_streams import Stream, seed_everything
+from litvit.data.streams import ImageStream
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
@@ -58,7 +57,7 @@ class Trainer:
     folder: RunFolder
     processes: Processes
     train_batches: DevicePrefetcher | StreamedBatches
-    val_batches: PrefetchLoader
+    val_batches: DevicePrefetcher
     mixup: Mixup | None
     task: TrainingTask
     optimizer: torch.optim.Optimizer
@@ -171,7 +170,7 @@ class Trainer:
         speed = self.train_epoch(report)
         lr, progress = self.lr, self.progress
         metrics = self.validate()
-        loss = self.processes.mean(progress.loss_sum).item() / self.steps_per_epoch
+        loss = self.processes.mean(progress.loss_sum).item() / progress.steps_in_epoch
         progress.end_epoch()
         self._set_learning_rate()
         best = metrics["top1"] > progress.best_top1
@@ -260,7 +259,11 @@ class Trainer:
             raise InputError(self.processes.gather(fatal)[0])
 
     def validate(self) -> dict[str, float]:
-        """Validate the model, or the average of its weights if there is one."""
+        """Validate the model, or the average of its weights if there is one.
+
+        Raises:
+            InputError: images that cannot be read. The run is saved.
+        """
         distributed, ema = self.processes.distributed, self.task.has_ema()
         if distributed:
             # Every process has BatchNorm statistics of its own. The first one's count, as in a checkpoint and in DDP.
@@ -270,17 +273,14 @@ class Trainer:
         model = self.task.get_eval_model(ema=ema)
         if distributed:
             model = getattr(model, "module", model)  # no collectives of DDP: batches may differ in size between ranks
-        streamed = distributed and isinstance(self.val_batches.dataset, IterableDataset)
-        return evaluate(
-            model,
-            self.val_batches,
-            self.processes.device,
-            self.autocast,
-            distributed=distributed,
-            after_batch=None
-            if streamed
-            else partial(self.saver.save_or_stop, self.progress, []),  # streams may differ in length
-        )
+        # Streams may differ in length between processes, which must call the saver alike.
+        streamed = distributed and isinstance(self.val_batches.dataset, ImageStream)
+        after_batch = None if streamed else partial(self.saver.save_or_stop, self.progress, [])
+        try:
+            return evaluate(model, self.val_batches, self.processes, self.autocast, after_batch=after_batch)
+        except InputError:
+            self.saver.save()  # the epoch is trained, and continues with its validation
+            raise
 
 
 def log_start(trainer: Trainer) -> None:
@@ -299,6 +299,9 @@ def log_start(trainer: Trainer) -> None:
         processes.device if processes.world_size == 1 else f"{processes.world_size} processes",
         config.precision.describe(processes.device),
     )
+    for split, dataset in (("train", trainer.train_batches.dataset), ("val", trainer.val_batches.dataset)):
+        for note in dataset.notes:
+            logger.warning("%s: %s", split, note)
     logger.info(
         "%d + %d images, total batch %d, %d steps per epoch, %d epochs, learning rate %.3e from %.1e to %.1e",
         len(trainer.train_batches.dataset),

@@ -1,0 +1,240 @@
+"""The images of a folder or .tar with one folder per class: what is an image, of which class, and what is left out."""
+
+import io
+import os
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+from timm.data.readers.reader import Reader
+
+from litvit.errors import InputError, printable
+
+# Formats that Pillow names but does not decode itself: documents, films, and those of other programs.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+_LEFTOVERS = {"__MACOSX", "@eaDir"}  # of macOS's archives and Synology's disks
+_SHOWN = 3  # examples of what is left out
+
+
+def image_suffixes() -> set[str]:
+    """Return the suffixes of files that the installed Pillow reads, such as ".jpg", in lower case."""
+    formats = Image.registered_extensions()  # loads all of Pillow's formats
+    return {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in _NOT_DECODED}
+
+
+def natural_key(name: str) -> tuple[list, str]:
+    """Return a sort key that counts numbers in names as numbers, as timm's does, and orders any two names."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], name
+
+
+def shorten(names: Collection[str]) -> str:
+    """Join the first few names for a message."""
+    shown = ", ".join(printable(name) for name in list(names)[:_SHOWN])
+    return shown + (", ..." if len(names) > _SHOWN else "")
+
+
+class ImageFiles(Reader):
+    """The images of a folder or .tar, in the order of their names: a reader of timm's interface.
+
+    `<class>/.../<image>` is an image of the class, whatever lies between. A folder or .tar that holds all its images in
+    one folder of several ones, such as `train/cat`, `train/dog`, has these for classes.
+
+    Args:
+        root: Folder or .tar. A .tar may hold one .tar per class.
+        known_classes: Class names that a folder which holds everything is not looked through for.
+
+    Attributes:
+        class_to_idx: Class name to number, in natural order.
+        notes: Sentences on what was left out, and what was taken for a class.
+
+    Raises:
+        InputError: no images in class folders.
+        OSError, tarfile.TarError: a folder that cannot be listed, or a broken .tar.
+    """
+
+    def __init__(self, root: Path, known_classes: Collection[str] = ()):
+        super().__init__()
+        self.root = root
+        found = _TarScan() if root.is_file() else _FolderScan()
+        images = sorted(found.walk(root), key=natural_key)
+        self._places = found.places
+        common = _common_folder(images, known_classes)
+        names, classes, nested = [], [], []
+        for name in images:
+            class_name, _, rest = name[len(common) :].partition("/")
+            if not rest:
+                found.left_out["images outside of class folders"].append(name)
+                continue
+            names.append(name)
+            classes.append(class_name)
+            if "/" in rest:
+                nested.append(name)
+        self.class_to_idx = {name: number for number, name in enumerate(sorted(set(classes), key=natural_key))}
+        self.names, self.targets = names, [self.class_to_idx[name] for name in classes]
+        self.notes = [f"left out {len(files)} {reason}: {shorten(files)}" for reason, files in found.left_out.items()]
+        if common:
+            self.notes.append(f"the classes are the folders in {printable(common)}")
+        if nested:
+            self.notes.append(f"{len(nested)} images lie deeper in the folder of their class: {shorten(nested)}")
+        inside = {name[len(common) :].partition("/")[0] for name in found.folders if name.startswith(common)}
+        empty = sorted(inside - self.class_to_idx.keys() - {""}, key=natural_key)
+        if empty:
+            self.notes.append(f"left out {len(empty)} folders without images as classes: {shorten(empty)}")
+        if not names:
+            why = "; ".join(self.notes) or "it is empty"
+            raise InputError(f"{printable(root)} has no images in folders of classes ({why})")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        name = self.names[index]
+        if self._places is None:
+            return open(os.path.join(self.root, name), "rb"), self.targets[index]
+        offset, size = self._places[name]
+        with open(self.root, "rb") as tar:
+            tar.seek(offset)
+            return io.BytesIO(tar.read(size)), self.targets[index]
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        name = self.names[index]
+        if basename:
+            return os.path.basename(name)
+        return os.path.join(self.root, name) if absolute else name
+
+
+def class_folders(root: Path) -> list[str]:
+    """Return the names of the classes that `ImageFiles` finds in a folder, without listing all of its images."""
+    with os.scandir(root) as entries:
+        folders = [entry for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
+    if len(folders) < 2:
+        return list(ImageFiles(root).class_to_idx)
+    names = (entry.name for entry in folders if next(_FolderScan().walk(Path(entry.path)), None))
+    return sorted(names, key=natural_key)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _LEFTOVERS
+
+
+def _common_folder(images: list[str], known_classes: Collection[str]) -> str:
+    """Return the folder, with a slash, that holds all images in several folders; "" if the root does."""
+    folders = {os.path.dirname(image) for image in images}
+    common = os.path.commonpath(folders) if folders else ""
+    return "" if common in folders or not common or common.split("/")[0] in known_classes else f"{common}/"
+
+
+class _Scan:
+    """A walk over the files below a root, by paths relative to it, with slashes.
+
+    Attributes:
+        folders: Folders that may hold images.
+        left_out: Reason to what was left out for it.
+        places: Offset and size of every image in the .tar, in bytes; None for a folder.
+    """
+
+    def __init__(self) -> None:
+        self.folders: set[str] = set()
+        self.left_out: dict[str, list[str]] = defaultdict(list)
+        self.places: dict[str, tuple[int, int]] | None = None
+        self._suffixes = image_suffixes()
+
+    def hides(self, path: str, name: str) -> bool:
+        """Leave out what is hidden, or a leftover of another program. Returns whether it is."""
+        if _is_hidden(name):
+            self.left_out["hidden files and folders"].append(path)
+        return _is_hidden(name)
+
+    def is_image(self, path: str) -> bool:
+        """Leave out a file whose suffix is not that of an image. Returns whether it is one."""
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in self._suffixes:
+            return True
+        self.left_out[f"files that are not images ({printable(suffix) or 'no suffix'})"].append(path)
+        return False
+
+
+class _FolderScan(_Scan):
+    """A walk over a folder. Links to folders are followed, but not in circles."""
+
+    def walk(self, root: Path) -> Iterator[str]:
+        """Yield the images."""
+        folders: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", ())]
+        while folders:
+            folder, prefix, passed = folders.pop()
+            try:
+                with os.scandir(folder) as listed:
+                    entries = list(listed)
+            except OSError as error:
+                if not prefix:
+                    raise
+                self.left_out["folders that cannot be listed"].append(f"{prefix[:-1]} ({error.strerror})")
+                continue
+            for entry in entries:
+                path = prefix + entry.name
+                if self.hides(path, entry.name):
+                    continue
+                try:
+                    is_folder, is_link = entry.is_dir(), entry.is_symlink()
+                except OSError:  # a link to itself
+                    self.left_out["links in a circle"].append(path)
+                    continue
+                if is_folder:
+                    through = passed
+                    if is_link:
+                        target, through = os.path.realpath(entry.path), (*passed, os.path.realpath(folder))
+                        if any(f"{place}/".startswith(f"{target}/") for place in through):
+                            self.left_out["links in a circle"].append(path)
+                            continue
+                    self.folders.add(path)
+                    folders.append((entry.path, f"{path}/", through))
+                elif self.is_image(path):
+                    # A link that leads nowhere stays an image, which reading will name.
+                    if is_link or entry.is_file():
+                        yield path
+                    else:
+                        self.left_out["pipes, sockets and devices"].append(path)
+
+
+class _TarScan(_Scan):
+    """A walk over a .tar, and over the .tar files in it."""
+
+    def walk(self, root: Path) -> Iterator[str]:
+        """Yield the images, each once, and note their places."""
+        self.places, self._links = {}, {}
+        with tarfile.open(root, "r:") as tar:
+            self._scan(tar, "", 0)
+        for path, target in self._links.items():
+            if target in self.places:
+                self.places[path] = self.places[target]
+            else:
+                self.left_out["links to what the .tar does not hold"].append(path)
+        yield from self.places
+
+    def _scan(self, tar: tarfile.TarFile, prefix: str, start: int) -> None:
+        for member in tar:
+            path = prefix + os.path.normpath(member.name).lstrip("/")
+            parts = path.split("/")
+            if ".." in parts:
+                self.left_out["names that lead out of the .tar"].append(path)
+            elif path in (".", "") or any(self.hides(path, part) for part in parts):
+                continue
+            elif member.isdir():
+                self.folders.add(path)
+            elif member.isreg() and path.lower().endswith(".tar"):
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    self._scan(inner, f"{path[:-4]}/", start + member.offset_data)
+            elif not self.is_image(path):
+                continue
+            elif member.islnk() or member.issym():
+                base = os.path.dirname(path) if member.issym() else prefix
+                self._links[path] = os.path.normpath(os.path.join(base, member.linkname))
+            elif not member.isreg() or member.issparse():
+                self.left_out["pipes, devices and sparse files"].append(path)
+            else:
+                self.places[path] = start + member.offset_data, member.size

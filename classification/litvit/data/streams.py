@@ -1,0 +1,316 @@
+"""Images that are read in a row, not by their number: WebDataset shards, and what else is too large to list."""
+
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
+
+from PIL import Image
+from timm.data.readers.reader_factory import create_reader
+from timm.data.readers.shared_count import SharedCount
+from torch.utils.data import IterableDataset, get_worker_info
+
+from litvit.data.augment import TrainTransform
+from litvit.data.dataset import Fault, Sample, blank_sample, transform_image, unreadable
+from litvit.data.listing import image_suffixes, shorten
+from litvit.data.pixels import Decoder
+from litvit.data.random_streams import Stream, random_stream
+from litvit.errors import InputError, one_line, printable
+
+
+class Share(NamedTuple):
+    """The part of a stream that one loader process reads."""
+
+    rank: int = 0
+    world_size: int = 1
+    worker: int = 0
+    workers: int = 1
+
+    @property
+    def number(self) -> int:
+        """Number of the loader process among those of all ranks."""
+        return self.rank * self.workers + self.worker
+
+    @property
+    def count(self) -> int:
+        """Number of loader processes of all ranks."""
+        return self.world_size * self.workers
+
+
+class Encoded(NamedTuple):
+    """An image that is not decoded yet."""
+
+    name: str  # for messages
+    file: BinaryIO | Image.Image
+    target: int
+
+    def open(self) -> Image.Image:
+        """Open the image without decoding it. Raises InputError for one that cannot be read."""
+        with unreadable(lambda: self.name):
+            return self.file if isinstance(self.file, Image.Image) else Image.open(self.file)
+
+
+class Source:
+    """What a stream is read from. Its constructor takes (name, split, root) and the keywords of `WebDatasetShards`.
+
+    Attributes:
+        num_samples: Number of images of an epoch, None if it is not known.
+        class_to_idx: Class name to number, empty if classes have no names.
+    """
+
+    num_samples: int | None = None
+    class_to_idx: Mapping[str, int] = {}
+
+    def max_workers(self, rank: int, world_size: int) -> int | None:
+        """Return the number of loader processes that a rank can have, None for any number.
+
+        Raises:
+            InputError: the stream cannot be shared by so many ranks.
+        """
+        return None
+
+    def read(self, share: Share, seed: int | None) -> Iterator[Encoded | Fault]:
+        """Read a share of the stream once.
+
+        Args:
+            share: Share to read.
+            seed: Seed of the order, the same for all shares; None for the order as it is.
+        """
+        raise NotImplementedError
+
+
+class ImageStream(IterableDataset):
+    """Images of a stream, as `Sample`s.
+
+    In training a loader process reads its share again and again, up to the batches that are its own, so that every
+    process has as many as announced. An image that cannot be read is named, and the next takes its place. In evaluation
+    it is read once.
+
+    Args:
+        source: What is read.
+        seed: Seed of the run.
+        decoder: How files become images.
+        is_training: Whether it is shuffled and repeated.
+
+    Attributes:
+        notes: Sentences for the user.
+        epoch: Epoch to read, shared with the loader processes.
+    """
+
+    def __init__(self, source: Source, seed: int = 0, decoder: Decoder | None = None, is_training: bool = False):
+        super().__init__()
+        self.source, self.seed, self.decoder, self.is_training = source, seed, decoder or Decoder(), is_training
+        self.notes: list[str] = []
+        self.transform: Callable[[Image.Image], Any] | TrainTransform | None = None
+        self.epoch = SharedCount()
+        self.rank, self.world_size, self.batch_size, self.batches = 0, 1, 1, 0
+
+    def __len__(self) -> int:
+        return self.source.num_samples or 0
+
+    def deal(self, rank: int, world_size: int, workers: int, batch_size: int, batches: int) -> int:
+        """Deal the stream out to processes.
+
+        Args:
+            rank: Rank of this process.
+            world_size: Number of processes.
+            workers: Number of loader processes per process.
+            batch_size: Number of images per batch.
+            batches: Number of batches per process and epoch, in training.
+
+        Returns:
+            Number of loader processes that have something to read.
+
+        Raises:
+            InputError: the stream cannot be shared by so many processes.
+        """
+        self.rank, self.world_size, self.batch_size, self.batches = rank, world_size, batch_size, batches
+        most = self.source.max_workers(rank, world_size)
+        if most is not None and workers > max(most, 1):
+            self.notes.append(f"{workers} loader processes would share {most} shards: {most} are started")
+            workers = most
+        return workers
+
+    def share(self) -> Share:
+        """Return the share of the stream that this process reads, a loader process or not."""
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        return Share(self.rank, self.world_size, number, workers)
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield from self._read_training(self.share()) if self.is_training else self._read_once(self.share())
+
+    def _read_training(self, share: Share) -> Iterator[Sample]:
+        batches = len(range(share.worker, self.batches, share.workers))  # the loader takes turns
+        wanted, done, faults = batches * self.batch_size, 0, []
+        for reading in itertools.count():
+            before = done
+            order = random.Random(f"{self.seed} {self.epoch.value} {reading}").getrandbits(31)
+            for item in self.source.read(share, order):
+                if done == wanted:
+                    return
+                if isinstance(item, Fault):
+                    faults.append(item)
+                    continue
+                try:
+                    with random_stream(Stream.SAMPLE, self.seed, self.epoch.value, share.number, done):
+                        image = self._decode(item)
+                except InputError as error:
+                    faults.append(Fault(item.name, str(error)))
+                    continue
+                yield Sample(image.pixels, item.target, image.erased, None, faults)
+                done, faults = done + 1, []
+            if done == before:
+                why = faults[0].reason if faults else "there is none"
+                raise InputError(f"no image of a share of the training images can be read: {why}")
+
+    def _read_once(self, share: Share) -> Iterator[Sample]:
+        for item in self.source.read(share, None):
+            if isinstance(item, Fault):
+                yield blank_sample(self.transform, self.decoder, item)
+                continue
+            try:
+                yield Sample(self._decode(item), item.target, None, None, [])
+            except InputError as error:
+                yield blank_sample(self.transform, self.decoder, Fault(item.name, str(error)))
+
+    def _decode(self, item: Encoded) -> Any:
+        return transform_image(item.open(), self.transform, self.decoder, lambda: item.name)
+
+
+class WebDatasetShards(Source):
+    """Shards of WebDataset: .tar files of an image and its class (.cls, or a field of .json) per sample.
+
+    Args:
+        name: Not used: the split names the shards.
+        split: Shards, such as "train-{0000..1023}.tar", with "|N" for the number of images; or a split of _info.json.
+        root: Folder or address of the shards.
+        numbers: Class name to number, for classes that are stored by name.
+        num_samples: Number of images, if `split` and _info.json do not say.
+        input_key: Suffixes of the images, separated by ";"; None for all that Pillow reads.
+        target_key: Field of .json that holds the class, None for .cls.
+
+    Raises:
+        ImportError: webdataset is not installed.
+        InputError: shards are missing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        root: str,
+        *,
+        numbers: Mapping[str, int] | None = None,
+        num_samples: int | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+    ):
+        import webdataset  # noqa: F401 - optional
+
+        logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)  # it warns where _info.json is absent
+        reader = create_reader(f"wds/{name}", root, split, num_samples=num_samples, target_key=target_key)
+        self.num_samples = reader.num_samples or None
+        self.class_to_idx = numbers or {}
+        self.shards = [os.path.join(root, file) for file in reader.split_info.filenames]
+        self.image_keys = {key.lstrip(".") for key in input_key.split(";")} if input_key else None
+        self.target_key = target_key or reader.split_info.alt_label
+        missing = [shard for shard in self.shards if not re.match(r"\w+:", shard) and not os.path.exists(shard)]
+        if missing:
+            raise InputError(f"{len(missing)} of {len(self.shards)} shards are missing: {shorten(missing)}")
+
+    def max_workers(self, rank: int, world_size: int) -> int:
+        """Return the number of loader processes that a rank can have: one per shard."""
+        if len(self.shards) < world_size:
+            raise InputError(f"{len(self.shards)} shards cannot be shared by {world_size} processes: make more shards")
+        return len(self.shards) // world_size
+
+    def read(self, share: Share, seed: int | None) -> Iterator[Encoded | Fault]:
+        """Read the shards of a share, in training in random order and through a buffer that mixes their samples."""
+        import webdataset
+        from timm.data.readers.reader_wds import SAMPLE_INITIAL_SIZE, SAMPLE_SHUFFLE_SIZE
+
+        shards = list(self.shards)
+        if seed is not None:
+            random.Random(seed).shuffle(shards)
+        samples = itertools.chain.from_iterable(map(self._samples, shards[share.number :: share.count]))
+        if seed is not None:
+            rng = random.Random(f"{seed} {share.number}")
+            samples = webdataset.shuffle(SAMPLE_SHUFFLE_SIZE, SAMPLE_INITIAL_SIZE, rng)(samples)
+        return samples
+
+    def _samples(self, shard: str) -> Iterator[Encoded | Fault]:
+        from webdataset.tariterators import tarfile_samples
+
+        errors: list[Exception] = []
+
+        def note(error: Exception) -> bool:
+            errors.append(error)
+            return True
+
+        for sample in tarfile_samples(iter([{"url": shard}]), note, select_files=_is_not_hidden):
+            yield self._encoded(f"{printable(sample['__key__'])} of {printable(shard)}", sample)
+        for error in errors:
+            reason = f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}"
+            yield Fault(printable(shard), f"cannot read the shard {printable(shard)} ({reason}): repair or replace it")
+
+    def _encoded(self, name: str, sample: dict[str, Any]) -> Encoded | Fault:
+        keys = self.image_keys or {suffix[1:] for suffix in image_suffixes()}
+        # The key of "0001.rgb.png" is "0001", and "rgb.png" its suffix.
+        image = next((sample[key] for key in sample if key in keys or key.rpartition(".")[2] in keys), None)
+        held = ", ".join(f".{printable(key)}" for key in sample if not key.startswith("__"))
+        if image is None:
+            return Fault(name, f"the sample {name} has no image, but {held or 'nothing'}: --input-key names its suffix")
+        try:
+            fields = json.loads(sample["json"]) if self.target_key else {}
+            value = fields[self.target_key] if self.target_key else sample["cls"].decode().strip()
+            target = self.class_to_idx[value] if value in self.class_to_idx else int(value)
+        except (KeyError, ValueError, TypeError) as error:
+            where = f"the field {self.target_key} of .json" if self.target_key else ".cls"
+            return Fault(name, f"the sample {name} has no class number in {where} ({one_line(error)}); it has {held}")
+        if target < 0:
+            return Fault(name, f"the sample {name} has the class {target}: no label")
+        return Encoded(name, io.BytesIO(image), target)
+
+
+def _is_not_hidden(path: str) -> bool:
+    return not any(part.startswith(".") and part != "." for part in path.split("/"))
+
+
+class TimmStream(Source):
+    """A stream of another reader of timm, TensorFlow Datasets, which decodes images and shares them out itself.
+
+    Args:
+        name: Name of the data set.
+        split: Name of the split.
+        root: Folder of the data.
+        num_samples: Number of images, if the reader does not say.
+        kwargs: Keywords of other sources, without effect.
+
+    Raises:
+        ImportError: the package of the data sets is not installed.
+    """
+
+    kind = "tfds"
+
+    def __init__(self, name: str, split: str, root: str, *, num_samples: int | None = None, **kwargs):
+        self._open = partial(create_reader, f"{self.kind}/{name}", root, split, num_samples=num_samples)
+        self.split, self._readers = split, {False: self._open(is_training=False)}
+        self.num_samples = num_samples or self._readers[False].num_samples
+        self.class_to_idx = dict(getattr(self._readers[False], "class_to_idx", None) or {})
+
+    def read(self, share: Share, seed: int | None) -> Iterator[Encoded]:
+        """Read the share that timm's reader has chosen."""
+        is_training = seed is not None
+        reader = self._readers.get(is_training) or self._open(is_training=is_training)
+        self._readers[is_training] = reader
+        if is_training:
+            reader.set_epoch(seed)
+        for number, (image, target) in enumerate(reader):
+            yield Encoded(f"image {number} of {self.split}", image, int(target))
