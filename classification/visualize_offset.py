@@ -85,7 +85,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
     add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
-    add_flags(parser, ModelConfig, only=("model", "imports", "model_kwargs", "exif_transpose", "mean", "std"))
+    add_flags(
+        parser, ModelConfig, only=("model", "imports", "model_kwargs", "in_chans", "exif_transpose", "mean", "std")
+    )
     args = parse_with_checkpoint(parser, argv)
     if args.size is None and "img_size" in args.description:
         args.size = [args.description["img_size"]]
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     config = take(ModelConfig, vars(args))
     image = open_image(args.vis_image, config.decoder)
-    model = build_model(args.model, args.checkpoint, args.size, args.model_kwargs)
+    model = build_model(args.model, args.checkpoint, args.size, {"in_chans": args.in_chans, **args.model_kwargs})
     device = choose_device(args.device)
     model.to(device)
     height, width = args.size or model.img_size
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     folder = args.output / Path(args.vis_image).stem
     try:
-        tokens = save_plots(image, locations, folder)
+        tokens = save_plots(image.convert("RGB"), locations, folder)
     except OSError as error:
         raise InputError(f"cannot write plots to '{folder}': {error.strerror or error}") from error
     print(f"{tokens} plots and overview.png in {folder} ({time.perf_counter() - start:.1f} s)")

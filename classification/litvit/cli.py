@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +34,9 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     if "--traceback" in sys.argv[1:]:
         sys.argv.remove("--traceback")
         os.environ[TRACEBACK] = "1"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     follow_the_launcher()
     try:
         status = main(None)

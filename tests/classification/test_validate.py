@@ -160,7 +160,7 @@ def norm(model):
         (["--checkpoint", "{weights}", "--real-labels"], "real labels are of ImageNet's 50,000"),
         (["--checkpoint", "{weights}", "--results-file", "{tmp}/none/result.json"], "--results-file .*name a file"),
         (["--checkpoint", "{weights}", "-b", "0"], "--batch-size must be at least 1"),
-        (["--checkpoint", "{weights}", "--class-map", "{tmp}/none.txt"], "cannot read the val images"),
+        (["--checkpoint", "{weights}", "--class-map", "{tmp}/none.txt"], "cannot read the class map"),
     ],
 )
 def test_wrong_flags_are_one_line(digits, weights, tmp_path, run_main, flags, says):

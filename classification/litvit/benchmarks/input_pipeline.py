@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
 from litvit.data.augment import TrainTransform
-from litvit.data.dataset import Images
+from litvit.data.dataset import EvaluationImages, Images
 from litvit.data.loader import eval_loader, train_loader
 from litvit.data.random_streams import Stream, random_stream
 from litvit.data.readers import open_train_and_val
@@ -80,7 +80,7 @@ def benchmark_data(args: argparse.Namespace) -> list[dict]:
         cpu, sizes = torch.device("cpu"), {"batch_size": args.images, "workers": 0}
         loaders = {
             "training": train_loader(train, config.augment, data_config, Processes(cpu), **sizes),
-            "evaluation": eval_loader(val, data_config, cpu, **sizes),
+            "evaluation": eval_loader(val, data_config, Processes(cpu), **sizes),
         }
         return [
             {"pipeline": name, "step": step, "milliseconds": 1000 * seconds}
@@ -90,11 +90,13 @@ def benchmark_data(args: argparse.Namespace) -> list[dict]:
 
 
 def _seconds_per_image(loader: DataLoader, repeats: int) -> dict[str, float]:
-    rounds = []
+    rounds, images = [], loader.dataset
+    if isinstance(images, EvaluationImages):
+        images = images.images
     for _ in range(repeats + 1):
         seconds = Counter()
         for key in next(iter(loader.batch_sampler)):
-            _read(loader.dataset, key, seconds)
+            _read(images, key, seconds)
         steps = seconds.total()
         _timed(seconds, "all", list, loader)
         seconds["rest"] = seconds["all"] - steps
@@ -117,13 +119,13 @@ def _read(images: Images, key: int | SampleKey, seconds: Counter) -> None:
             _read(images, key.index, seconds)
         return
     transform = images.transform
-    image = _timed(seconds, "open", Image.open, images.dataset.reader[key][0])
+    image, _ = _timed(seconds, "open", images.open, key)
     if not isinstance(transform, TrainTransform):
         _timed(seconds, "decode", image.load)
         for step in transform.transforms:
             image = _timed(seconds, type(step).__name__, step, image)
         return
-    crop = transform.choose_crop(image)  # before the file is decoded, to a size that fits the crop
+    crop = transform.crop.draft(image, transform.crop.draw(image.size))  # decoded to a size that fits the crop
     _timed(seconds, "decode", image.load)
     image = _timed(seconds, "crop, resize", transform.resize, image, crop)
     image, _ = _timed(seconds, "flip", transform.flip, image)

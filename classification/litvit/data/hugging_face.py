@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from timm.data.readers.reader import Reader
 
 from litvit.data.dataset import Fault
-from litvit.data.listing import natural_key
+from litvit.data.listing import natural_order
 from litvit.data.streams import Encoded, Share, Source
 from litvit.errors import InputError, printable
 
@@ -100,7 +100,7 @@ class HuggingFaceRows(Reader):
         labels = rows.select_columns([self.target_key])[self.target_key][:]
         names = _names(rows.features[self.target_key])
         if any(isinstance(label, str) for label in labels):
-            names = sorted({str(label) for label in labels if label is not None}, key=natural_key)
+            names = natural_order({str(label) for label in labels if label is not None})
             numbers = {label: number for number, label in enumerate(names)}
             labels = [numbers.get(label) for label in labels]
         bad = next((i for i, label in enumerate(labels) if type(label) is not int or label < 0), None)
@@ -149,8 +149,8 @@ class HuggingFaceStream(Source):
         splits = rows.info.splits or {}
         self.num_samples = num_samples or (splits[split].num_examples if split in splits else None)
 
-    def max_workers(self, rank: int, world_size: int) -> int:
-        """Return the number of loader processes that a rank can have: one per file."""
+    def num_shards(self, rank: int, world_size: int) -> int:
+        """Return the number of files that a rank reads."""
         return self._part(rank, world_size, self.rows).num_shards
 
     @staticmethod

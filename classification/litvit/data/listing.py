@@ -5,7 +5,7 @@ import os
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ from litvit.errors import InputError, printable
 # Formats that Pillow names but does not decode itself: documents, films, and those of other programs.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 _LEFTOVERS = {"__MACOSX", "@eaDir"}  # of macOS's archives and Synology's disks
+_NUMBERS = re.compile(r"\d+")
 _SHOWN = 3  # examples of what is left out
 
 
@@ -26,10 +27,14 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in _NOT_DECODED}
 
 
-def natural_key(name: str) -> tuple[list, str]:
-    """Return a sort key that counts numbers in names as numbers, as timm's does, and orders any two names."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if part.isdecimal() else part for part in parts], name
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sort names as timm does: numbers in them count as numbers, and capitals like small letters. No two names tie."""
+    return sorted(sorted(names), key=lambda name: _NUMBERS.sub(_sortable_number, name.lower()))
+
+
+def _sortable_number(match: re.Match) -> str:
+    digits = str(int(match[0]))
+    return f"\0{chr(len(digits))}{digits}"  # before all text, and by length before digits
 
 
 def shorten(names: Collection[str]) -> str:
@@ -61,20 +66,20 @@ class ImageFiles(Reader):
         super().__init__()
         self.root = root
         found = _TarScan() if root.is_file() else _FolderScan()
-        images = sorted(found.walk(root), key=natural_key)
+        images = natural_order(found.walk(root))
         self._places = found.places
         common = _common_folder(images, known_classes)
         names, classes, nested = [], [], []
         for name in images:
             class_name, _, rest = name[len(common) :].partition("/")
             if not rest:
-                found.left_out["images outside of class folders"].append(name)
+                found.leave_out("images outside of class folders", name)
                 continue
             names.append(name)
             classes.append(class_name)
             if "/" in rest:
                 nested.append(name)
-        self.class_to_idx = {name: number for number, name in enumerate(sorted(set(classes), key=natural_key))}
+        self.class_to_idx = {name: number for number, name in enumerate(natural_order(set(classes)))}
         self.names, self.targets = names, [self.class_to_idx[name] for name in classes]
         self.notes = [f"left out {len(files)} {reason}: {shorten(files)}" for reason, files in found.left_out.items()]
         if common:
@@ -82,7 +87,7 @@ class ImageFiles(Reader):
         if nested:
             self.notes.append(f"{len(nested)} images lie deeper in the folder of their class: {shorten(nested)}")
         inside = {name[len(common) :].partition("/")[0] for name in found.folders if name.startswith(common)}
-        empty = sorted(inside - self.class_to_idx.keys() - {""}, key=natural_key)
+        empty = natural_order(inside - self.class_to_idx.keys() - {""})
         if empty:
             self.notes.append(f"left out {len(empty)} folders without images as classes: {shorten(empty)}")
         if not names:
@@ -114,8 +119,7 @@ def class_folders(root: Path) -> list[str]:
         folders = [entry for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
     if len(folders) < 2:
         return list(ImageFiles(root).class_to_idx)
-    names = (entry.name for entry in folders if next(_FolderScan().walk(Path(entry.path)), None))
-    return sorted(names, key=natural_key)
+    return natural_order(entry.name for entry in folders if next(_FolderScan().walk(Path(entry.path)), None))
 
 
 def _is_hidden(name: str) -> bool:
@@ -124,7 +128,7 @@ def _is_hidden(name: str) -> bool:
 
 def _common_folder(images: list[str], known_classes: Collection[str]) -> str:
     """Return the folder, with a slash, that holds all images in several folders; "" if the root does."""
-    folders = {os.path.dirname(image) for image in images}
+    folders = {image.rpartition("/")[0] for image in images}
     common = os.path.commonpath(folders) if folders else ""
     return "" if common in folders or not common or common.split("/")[0] in known_classes else f"{common}/"
 
@@ -140,22 +144,27 @@ class _Scan:
 
     def __init__(self) -> None:
         self.folders: set[str] = set()
-        self.left_out: dict[str, list[str]] = defaultdict(list)
+        self.left_out: dict[str, dict[str, None]] = defaultdict(dict)  # each path once, in order
         self.places: dict[str, tuple[int, int]] | None = None
         self._suffixes = image_suffixes()
 
+    def leave_out(self, reason: str, path: str) -> None:
+        """Note what is left out, once."""
+        self.left_out[reason][path] = None
+
     def hides(self, path: str, name: str) -> bool:
         """Leave out what is hidden, or a leftover of another program. Returns whether it is."""
-        if _is_hidden(name):
-            self.left_out["hidden files and folders"].append(path)
-        return _is_hidden(name)
+        is_hidden = _is_hidden(name)
+        if is_hidden:
+            self.leave_out("hidden files and folders", path)
+        return is_hidden
 
     def is_image(self, path: str) -> bool:
         """Leave out a file whose suffix is not that of an image. Returns whether it is one."""
         suffix = os.path.splitext(path)[1].lower()
         if suffix in self._suffixes:
             return True
-        self.left_out[f"files that are not images ({printable(suffix) or 'no suffix'})"].append(path)
+        self.leave_out(f"files that are not images ({printable(suffix) or 'no suffix'})", path)
         return False
 
 
@@ -173,7 +182,7 @@ class _FolderScan(_Scan):
             except OSError as error:
                 if not prefix:
                     raise
-                self.left_out["folders that cannot be listed"].append(f"{prefix[:-1]} ({error.strerror})")
+                self.leave_out("folders that cannot be listed", f"{prefix[:-1]} ({error.strerror})")
                 continue
             for entry in entries:
                 path = prefix + entry.name
@@ -182,14 +191,14 @@ class _FolderScan(_Scan):
                 try:
                     is_folder, is_link = entry.is_dir(), entry.is_symlink()
                 except OSError:  # a link to itself
-                    self.left_out["links in a circle"].append(path)
+                    self.leave_out("links in a circle", path)
                     continue
                 if is_folder:
                     through = passed
                     if is_link:
                         target, through = os.path.realpath(entry.path), (*passed, os.path.realpath(folder))
                         if any(f"{place}/".startswith(f"{target}/") for place in through):
-                            self.left_out["links in a circle"].append(path)
+                            self.leave_out("links in a circle", path)
                             continue
                     self.folders.add(path)
                     folders.append((entry.path, f"{path}/", through))
@@ -198,7 +207,7 @@ class _FolderScan(_Scan):
                     if is_link or entry.is_file():
                         yield path
                     else:
-                        self.left_out["pipes, sockets and devices"].append(path)
+                        self.leave_out("pipes, sockets and devices", path)
 
 
 class _TarScan(_Scan):
@@ -213,7 +222,7 @@ class _TarScan(_Scan):
             if target in self.places:
                 self.places[path] = self.places[target]
             else:
-                self.left_out["links to what the .tar does not hold"].append(path)
+                self.leave_out("links to what the .tar does not hold", path)
         yield from self.places
 
     def _scan(self, tar: tarfile.TarFile, prefix: str, start: int) -> None:
@@ -221,8 +230,8 @@ class _TarScan(_Scan):
             path = prefix + os.path.normpath(member.name).lstrip("/")
             parts = path.split("/")
             if ".." in parts:
-                self.left_out["names that lead out of the .tar"].append(path)
-            elif path in (".", "") or any(self.hides(path, part) for part in parts):
+                self.leave_out("names that lead out of the .tar", path)
+            elif path in (".", "") or any(self.hides("/".join(parts[: i + 1]), part) for i, part in enumerate(parts)):
                 continue
             elif member.isdir():
                 self.folders.add(path)
@@ -235,6 +244,6 @@ class _TarScan(_Scan):
                 base = os.path.dirname(path) if member.issym() else prefix
                 self._links[path] = os.path.normpath(os.path.join(base, member.linkname))
             elif not member.isreg() or member.issparse():
-                self.left_out["pipes, devices and sparse files"].append(path)
+                self.leave_out("pipes, devices and sparse files", path)
             else:
                 self.places[path] = start + member.offset_data, member.size

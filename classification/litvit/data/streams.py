@@ -67,12 +67,8 @@ class Source:
     num_samples: int | None = None
     class_to_idx: Mapping[str, int] = {}
 
-    def max_workers(self, rank: int, world_size: int) -> int | None:
-        """Return the number of loader processes that a rank can have, None for any number.
-
-        Raises:
-            InputError: the stream cannot be shared by so many ranks.
-        """
+    def num_shards(self, rank: int, world_size: int) -> int | None:
+        """Return the number of parts of a rank's share, None for any number. A loader process reads whole parts."""
         return None
 
     def read(self, share: Share, seed: int | None) -> Iterator[Encoded | Fault]:
@@ -128,13 +124,15 @@ class ImageStream(IterableDataset):
             Number of loader processes that have something to read.
 
         Raises:
-            InputError: the stream cannot be shared by so many processes.
+            InputError: a process would have nothing to train on.
         """
         self.rank, self.world_size, self.batch_size, self.batches = rank, world_size, batch_size, batches
-        most = self.source.max_workers(rank, world_size)
-        if most is not None and workers > max(most, 1):
-            self.notes.append(f"{workers} loader processes would share {most} shards: {most} are started")
-            workers = most
+        shards = self.source.num_shards(rank, world_size)
+        if shards == 0 and self.is_training:
+            raise InputError(f"the training images are in fewer shards than there are processes ({world_size})")
+        if shards is not None and workers > max(shards, 1):
+            self.notes.append(f"{max(shards, 1)} loader processes per process, not {workers}: there are no more shards")
+            workers = max(shards, 1)
         return workers
 
     def share(self) -> Share:
@@ -225,10 +223,8 @@ class WebDatasetShards(Source):
         if missing:
             raise InputError(f"{len(missing)} of {len(self.shards)} shards are missing: {shorten(missing)}")
 
-    def max_workers(self, rank: int, world_size: int) -> int:
-        """Return the number of loader processes that a rank can have: one per shard."""
-        if len(self.shards) < world_size:
-            raise InputError(f"{len(self.shards)} shards cannot be shared by {world_size} processes: make more shards")
+    def num_shards(self, rank: int, world_size: int) -> int:
+        """Return the number of shards that every rank has at least."""
         return len(self.shards) // world_size
 
     def read(self, share: Share, seed: int | None) -> Iterator[Encoded | Fault]:

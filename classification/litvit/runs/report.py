@@ -18,7 +18,7 @@ def set_up_logging(folder: Path | None, primary: bool) -> None:
     """Send log lines to the terminal and to `folder`/train.log. Processes other than the first log warnings only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and primary:
-        handlers.append(logging.FileHandler(folder / "train.log"))
+        handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace"))
     logging.raiseExceptions = False  # a full disk under the log file must not give one traceback per line
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=handlers, force=True)
     logger.setLevel(logging.INFO if primary else logging.WARNING)

@@ -65,7 +65,8 @@ def evaluate(
     reasons = list(dict.fromkeys(processes.gather([fault.reason for fault in faults])))  # padding repeats images
     if reasons:
         more = f"; and {len(reasons) - MAX_NAMED} more" if len(reasons) > MAX_NAMED else ""
-        raise InputError(f"{len(reasons)} images cannot be evaluated: {'; '.join(reasons[:MAX_NAMED])}{more}")
+        count = f"{len(reasons)} images cannot be read: " if len(reasons) > 1 else ""
+        raise InputError(f"{count}{'; '.join(reasons[:MAX_NAMED])}{more}")
     (metrics["images"],) = map(int, processes.sum(evaluator.num_samples))
     expected = len(getattr(loader, "dataset", ()))
     if expected and metrics["images"] != expected:

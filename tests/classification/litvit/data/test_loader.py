@@ -1,7 +1,6 @@
 """Batches that do not depend on workers, processes or restarts."""
 
 import io
-import tarfile
 from dataclasses import replace
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from litvit.data.augment import AUGMENTATIONS, AugmentConfig
+from litvit.data.augment import AugmentConfig
 from litvit.data.loader import train_loader
 from litvit.data.readers import DataConfig, open_train_and_val
-from litvit.errors import InputError
 from litvit.processes import Processes
 
 AUGMENT = AugmentConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.5)
@@ -87,34 +85,3 @@ def test_a_large_photo_that_ends_early_is_replaced_too(digits_copy):
     assert [path for batch in batches for path in unreadable(batch)] == [str(broken)]
     broken.write_bytes(file.getvalue())
     assert not any(batch.faults for batch in batches_of(digits_copy))
-
-
-def test_webdataset_shards_are_a_reader_of_timm(digits, tmp_path, monkeypatch):
-    with tarfile.open(tmp_path / "digits-0000.tar", "w") as tar:
-        for number, image in enumerate(sorted((digits / "train").rglob("*.png"))[:40]):
-            for suffix, content in (("png", image.read_bytes()), ("cls", image.parent.name.encode())):
-                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    shards = "digits-{0000..0000}.tar"
-    config = DataConfig(
-        str(tmp_path),
-        dataset="wds/digits",
-        train_split=shards,
-        val_split=shards,
-        train_num_samples=40,
-        val_num_samples=40,
-        num_classes=10,
-        batch_size=20,
-    )
-    train, _, num_classes = open_train_and_val(config)
-    processes = Processes(torch.device("cpu"))
-    batches = list(train_loader(train, AugmentConfig(), DATA_CONFIG, processes, batch_size=20, workers=0))
-    monkeypatch.setitem(AUGMENTATIONS, "own", lambda: lambda image: image)
-    for policy, says in (("no-such-policy", "--aa no-such-policy is neither"), ("own", "takes timm's policies only")):
-        with pytest.raises(InputError, match=says):
-            train_loader(train, AugmentConfig(aa=policy), DATA_CONFIG, processes, batch_size=20, workers=0)
-    assert num_classes == 10
-    assert [tuple(batch.images.shape) for batch in batches] == [(20, 3, 32, 32)] * 2
-    with pytest.raises(InputError, match="--num-classes"):
-        open_train_and_val(replace(config, num_classes=None))
