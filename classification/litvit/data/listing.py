@@ -59,7 +59,7 @@ class ImageFiles(Reader):
 
     Raises:
         InputError: no images in class folders.
-        OSError, tarfile.TarError: a folder that cannot be listed, or a broken .tar.
+        OSError, tarfile.TarError: a folder that cannot be listed, or a .tar that is broken or cut off.
     """
 
     def __init__(self, root: Path, known_classes: Collection[str] = ()):
@@ -111,6 +111,14 @@ class ImageFiles(Reader):
         if basename:
             return os.path.basename(name)
         return os.path.join(self.root, name) if absolute else name
+
+
+def is_cut_off(path: str | Path) -> bool:
+    """Whether a .tar lacks its end, two blocks of zeros. `tarfile` does not tell when the rest is cut off a header."""
+    with open(path, "rb") as tar:
+        start, compressed = tar.read(6), (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+        tar.seek(max(0, tar.seek(0, os.SEEK_END) - 1024))
+        return not start.startswith(compressed) and tar.read().strip(b"\0") != b""
 
 
 def class_folders(root: Path) -> list[str]:
@@ -218,6 +226,8 @@ class _TarScan(_Scan):
         self.places, self._links = {}, {}
         with tarfile.open(root, "r:") as tar:
             self._scan(tar, "", 0)
+        if is_cut_off(root):
+            raise tarfile.ReadError("it is cut off: fetch or pack it again")
         for path, target in self._links.items():
             if target in self.places:
                 self.places[path] = self.places[target]

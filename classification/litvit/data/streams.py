@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from litvit.data.augment import TrainTransform
 from litvit.data.dataset import Fault, Sample, blank_sample, transform_image, unreadable
-from litvit.data.listing import image_suffixes, shorten
+from litvit.data.listing import image_suffixes, is_cut_off, shorten
 from litvit.data.pixels import Decoder
 from litvit.data.random_streams import Stream, random_stream
 from litvit.errors import InputError, one_line, printable
@@ -147,9 +147,9 @@ class ImageStream(IterableDataset):
     def _read_training(self, share: Share) -> Iterator[Sample]:
         batches = len(range(share.worker, self.batches, share.workers))  # the loader takes turns
         wanted, done, faults = batches * self.batch_size, 0, []
-        for reading in itertools.count():
+        order = random.Random(f"{self.seed} {self.epoch.value}").getrandbits(31)
+        while True:
             before = done
-            order = random.Random(f"{self.seed} {self.epoch.value} {reading}").getrandbits(31)
             for item in self.source.read(share, order):
                 if done == wanted:
                     return
@@ -252,8 +252,10 @@ class WebDatasetShards(Source):
 
         for sample in tarfile_samples(iter([{"url": shard}]), note, select_files=_is_not_hidden):
             yield self._encoded(f"{printable(sample['__key__'])} of {printable(shard)}", sample)
-        for error in errors:
-            reason = f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}"
+        reasons = [f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}" for error in errors]
+        if not reasons and os.path.isfile(shard) and is_cut_off(shard):
+            reasons = ["it ends early"]
+        for reason in reasons:
             yield Fault(printable(shard), f"cannot read the shard {printable(shard)} ({reason}): repair or replace it")
 
     def _encoded(self, name: str, sample: dict[str, Any]) -> Encoded | Fault:

@@ -1,18 +1,23 @@
-"""Order of samples and random numbers."""
+"""Order of samples, random numbers, and images that cannot be read."""
 
+import io
 import random
+import struct
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_sample_image
+from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from litvit.data.augment import JpegDraftCrop
+from litvit.data.augment import AugmentConfig, JpegDraftCrop, TrainTransform
+from litvit.data.pixels import Decoder
 from litvit.data.random_streams import Stream, random_stream
-from litvit.data.sampler import EpochSampler
+from litvit.data.readers import DataConfig, open_images
+from litvit.data.sampler import EpochSampler, SampleKey
 from litvit.errors import InputError
 
 
@@ -118,3 +123,81 @@ def test_a_drafted_crop_lies_in_the_picture(tmp_path, size):
         assert min(height, width) > 0
         assert top + height <= file.height
         assert left + width <= file.width
+
+
+RAISED = [RuntimeError, NotImplementedError, MemoryError, struct.error, EOFError, IndexError, KeyError, TypeError, OSError]
+
+
+@pytest.mark.parametrize("when", ["open", "decode"])
+@pytest.mark.parametrize("raised", RAISED)
+def test_whatever_a_decoder_raises_is_an_unreadable_image(digits_copy, monkeypatch, raised, when):
+    """Real decoders raise all of these; those of AVIF and JPEG 2000 in C, as `int.from_bytes` does here."""
+    picture = digits_copy / "train" / "3" / "00000.png"
+    images = open_images(DataConfig(str(digits_copy)), "train")
+    images.transform = lambda image: image.size
+
+    def fail(*args, **kwargs):
+        raise raised("of the decoder")
+
+    index = images.filenames().index(str(picture))
+    fail.__code__ = fail.__code__.replace(co_filename=PngImagePlugin.__file__)  # as if Pillow had raised it
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "_open" if when == "open" else "load_prepare", fail)
+    with pytest.raises(InputError, match=f"cannot read the image {picture} .*: repair or replace it"):
+        images[index]
+
+
+@pytest.mark.parametrize("format_", ["AVIF", "JPEG2000", "WEBP", "TIFF", "GIF", "BMP", "PNG", "QOI"])
+def test_broken_files_of_every_format_are_unreadable_images(digits_copy, format_):
+    """Under the name .png, which is what a crawler calls them."""
+    picture = digits_copy / "train" / "3" / "00000.png"
+    file, rng = io.BytesIO(), np.random.default_rng(0)
+    try:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(file, format_)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {format_}")
+    images = open_images(DataConfig(str(digits_copy)), "train")
+    images.transform = create_transform(32, use_prefetcher=True)
+    index, whole, broken = images.filenames().index(str(picture)), file.getvalue(), 0
+    for _ in range(40):
+        content = bytearray(whole[: rng.integers(8, len(whole) + 1)])
+        for place in rng.integers(4, len(content), 8):
+            content[place] = rng.integers(256)
+        picture.write_bytes(content)
+        try:
+            assert images[index][0].shape == (3, 32, 32)
+        except InputError as error:
+            broken += 1
+            assert str(error).startswith(f"cannot read the image {picture} (")
+    assert broken or format_ == "BMP"
+
+
+def test_an_image_too_thin_to_be_resized_is_unreadable(digits_copy):
+    picture = digits_copy / "train" / "3" / "00000.png"
+    Image.new("L", (1, 60000)).save(picture)
+    images = open_images(DataConfig(str(digits_copy)), "train")
+    images.transform = create_transform(8192, use_prefetcher=True)
+    with pytest.raises(InputError, match=f"cannot read the image {picture} .MemoryError|.*(memory|limit)"):
+        images[images.filenames().index(str(picture))]
+
+
+def test_photographs_are_cropped_upright_and_still_drafted(tmp_path):
+    """A photograph and its turned copy give the same sample, whatever the orientation, also when it is drafted."""
+    photo = Image.fromarray(load_sample_image("china.jpg")).resize((1280, 840))
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    inverse = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    photo.save(folder / "1.jpg", quality=95)
+    for orientation, turn in inverse.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo.transpose(turn).save(folder / f"{orientation}.jpg", quality=95, exif=exif)
+    images = open_images(DataConfig(str(tmp_path)), "train", decoder=Decoder(exif_transpose=True))
+    images.transform = TrainTransform(AugmentConfig(color_jitter=0), (3, 64, 64), (0.5,) * 3, (0.5,) * 3)
+    for position in range(12):
+        upright, *turned = (images[SampleKey(index, 0, position)] for index in range(4))
+        for sample in turned:
+            difference = (sample.pixels.float() - upright.pixels.float()).abs().mean()
+            assert difference < 4, (position, difference)
+    as_stored = open_images(DataConfig(str(tmp_path)), "train")
+    as_stored.transform = lambda image: image.size
+    assert [as_stored[index][0] for index in range(4)] == [(1280, 840), (1280, 840), (840, 1280), (840, 1280)]

@@ -210,3 +210,12 @@ def test_a_tar_that_was_appended_to_holds_each_image_once(root):
     assert len(images) == 4
     with Image.open(images[0][0]) as image:
         assert image.size == (9, 9)
+
+
+def test_a_tar_that_is_cut_off_is_refused_wherever_the_cut_is(root):
+    path = pack(root)
+    whole = path.read_bytes()
+    for size in (1000, 1536, 1800, 2048, len(whole.rstrip(b"\0"))):
+        path.write_bytes(whole[:size])
+        with pytest.raises(tarfile.ReadError):
+            ImageFiles(path)
