@@ -14,6 +14,7 @@ from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from litvit.data.augment import AugmentConfig, JpegDraftCrop, TrainTransform
+from litvit.data.dataset import EvaluationImages
 from litvit.data.pixels import Decoder
 from litvit.data.random_streams import Stream, random_stream
 from litvit.data.readers import DataConfig, open_images
@@ -125,7 +126,17 @@ def test_a_drafted_crop_lies_in_the_picture(tmp_path, size):
         assert left + width <= file.width
 
 
-RAISED = [RuntimeError, NotImplementedError, MemoryError, struct.error, EOFError, IndexError, KeyError, TypeError, OSError]
+RAISED = [
+    RuntimeError,
+    NotImplementedError,
+    MemoryError,
+    struct.error,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OSError,
+]
 
 
 @pytest.mark.parametrize("when", ["open", "decode"])
@@ -163,11 +174,10 @@ def test_broken_files_of_every_format_are_unreadable_images(digits_copy, format_
         for place in rng.integers(4, len(content), 8):
             content[place] = rng.integers(256)
         picture.write_bytes(content)
-        try:
-            assert images[index][0].shape == (3, 32, 32)
-        except InputError as error:
-            broken += 1
-            assert str(error).startswith(f"cannot read the image {picture} (")
+        outcome = EvaluationImages(images)[index]
+        assert outcome.pixels.shape == (3, 32, 32)
+        broken += len(outcome.faults)
+        assert all(fault.reason.startswith(f"cannot read the image {picture} (") for fault in outcome.faults)
     assert broken or format_ == "BMP"
 
 
@@ -176,7 +186,7 @@ def test_an_image_too_thin_to_be_resized_is_unreadable(digits_copy):
     Image.new("L", (1, 60000)).save(picture)
     images = open_images(DataConfig(str(digits_copy)), "train")
     images.transform = create_transform(8192, use_prefetcher=True)
-    with pytest.raises(InputError, match=f"cannot read the image {picture} .MemoryError|.*(memory|limit)"):
+    with pytest.raises(InputError, match=f"cannot read the image {picture} "):
         images[images.filenames().index(str(picture))]
 
 

@@ -68,7 +68,7 @@ def test_a_folder_of_images_is_a_data_set(digits, tmp_path):
 def test_columns_are_found_and_classes_are_named(make, tmp_path, columns, classes):
     train, val, num_classes = open_train_and_val(config_of(make("img", **columns), tmp_path))
     assert (num_classes, class_list(train), class_list(val)) == (3, classes, classes)
-    name, (kind, values) = next(iter(columns.items()))
+    kind, values = next(iter(columns.values()))
     expected = [classes.index(value) if kind is STRING else value for value in values]
     assert targets_of(train)[:3] == targets_of(val)[:3] == expected
 

@@ -1,6 +1,8 @@
 """Where data may lie, and how classes are numbered."""
 
 import io
+import itertools
+import pickle
 import shutil
 import tarfile
 from dataclasses import replace
@@ -15,10 +17,12 @@ from timm.data.readers.reader import Reader
 from litvit.data import readers
 from litvit.data.readers import (
     DataConfig,
+    class_list,
     class_names,
     find_split,
     open_for_evaluation,
     open_train_and_val,
+    read_class_map,
     register_reader,
 )
 from litvit.errors import InputError
@@ -146,3 +150,83 @@ def test_a_bug_in_an_augmentation_of_ones_own_is_not_an_unreadable_image(digits)
     train.transform = overlay
     with pytest.raises(FileNotFoundError, match="no-such-overlay"):
         train[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xef\xbb\xbfcat\r\ndog\r\nowl\r\n", None),
+        (b"cat\ndog\nowl\n\n\n", None),
+        (b"cat\ndog\nowl\nyak\n", None),
+        (b"cat\n\ndog\nowl\n", "line 2 is empty"),
+        (b"cat\ndog\ncat\nowl\n", "cat comes twice"),
+        (b"cat\ndog\nowI\n", "train has 1 classes that the class map lacks: owl"),
+        (b"cat\ndog\n", "train has 1 classes that the class map lacks: owl"),
+        ("cat\ndog\nöwl\n".encode("utf-16"), "cannot read the class map"),
+        (b"", "no class"),
+    ],
+)
+def test_a_class_map_is_right_or_refused(tmp_path, content, says):
+    for split, name in itertools.product(("train", "val"), ("cat", "dog", "owl")):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / name / "1.png")
+    (tmp_path / "map.txt").write_bytes(content)
+    config = DataConfig(str(tmp_path), class_map=str(tmp_path / "map.txt"))
+    if says:
+        with pytest.raises(InputError, match=says):
+            open_train_and_val(config)
+        return
+    train, val, num_classes = open_train_and_val(config)
+    names = content.decode("utf-8-sig").split()
+    assert class_list(train) == class_list(val) == names
+    assert num_classes == len(names)
+    absent = ["no images of 1 classes of the class map: yak"] if "yak" in names else []
+    assert train.notes == val.notes == absent
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ({"a": 1, "b": 0}, None),
+        ({"a": 1, "b": 1}, "two classes share a number"),
+        ({"a": -1, "b": 0}, "a has the number -1"),
+        ({"a": "x", "b": 0}, "a has the number 'x'"),
+        (["a", "b"], "cannot read the class map"),
+    ],
+)
+def test_a_pickled_class_map_is_right_or_refused(tmp_path, numbers, says):
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps(numbers))
+    if says is None:
+        assert read_class_map("map.pkl", str(tmp_path)) == numbers
+        return
+    with pytest.raises(InputError, match=says):
+        read_class_map("map.pkl", str(tmp_path))
+
+
+def test_classes_of_one_split_alone_are_told_or_refused(digits_copy):
+    shutil.rmtree(digits_copy / "val" / "4")
+    (digits_copy / "val" / "7").rename(digits_copy / "elsewhere")
+    (digits_copy / "val" / "7").mkdir()
+    _, val, _ = open_train_and_val(DataConfig(str(digits_copy)))
+    assert val.notes == [
+        "left out 1 folders without images as classes: 7",
+        "no images of 2 classes of train: 4, 7",
+    ]
+    shutil.rmtree(digits_copy / "train" / "5")
+    with pytest.raises(InputError, match="val has 1 classes that train lacks: 5"):
+        open_train_and_val(DataConfig(str(digits_copy)))
+
+
+def test_a_class_that_is_all_there_is_in_val_is_not_looked_through(digits_copy):
+    for name in map(str, range(1, 10)):
+        shutil.rmtree(digits_copy / "val" / name)
+    for part in ("a", "b"):
+        (digits_copy / "val" / "0" / part).mkdir()
+    for number, image in enumerate(sorted((digits_copy / "val" / "0").glob("*.png"))):
+        image.rename(image.parent / "ab"[number % 2] / image.name)
+    for images in (
+        open_train_and_val(DataConfig(str(digits_copy)))[1],
+        open_for_evaluation(DataConfig(str(digits_copy)), None),
+    ):
+        assert len(images) == 4
+        assert class_list(images) == list(map(str, range(10)))

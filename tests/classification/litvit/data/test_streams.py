@@ -206,5 +206,5 @@ def test_streams_of_timms_other_readers(digits, tmp_path):
     images = ImageStream(source)
     images.transform = lambda image: image.size
     samples = list(images)
-    assert Counter(sample.target for sample in samples) == {number: 4 for number in range(10)}
+    assert Counter(sample.target for sample in samples) == dict.fromkeys(range(10), 4)
     assert {sample.pixels for sample in samples} == {(32, 32)}

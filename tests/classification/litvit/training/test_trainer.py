@@ -299,6 +299,43 @@ def test_a_run_with_too_many_unreadable_images_continues_when_they_are_repaired(
     assert run(*flags) == 0
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_broken_validation_images_are_all_named_and_the_trained_epoch_is_saved(
+    digits_copy, tmp_path, tiny_flags, run_script, processes
+):
+    broken = [digits_copy / "val" / name / "00002.png" for name in "258"]
+    content = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(b"no image")
+    flags = [digits_copy, *tiny_flags, "--output", tmp_path, "--experiment", "run", "--resume", "auto", "-b", 10]
+    script = ["train.py"] if processes == 1 else ["distributed_train.sh", processes]
+    outcome = run_script(*script, *flags)
+    assert outcome.status == 2, outcome.err
+    assert "error: 3 images cannot be read: " in outcome.err
+    assert all(str(path) in outcome.err for path in broken)
+    saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert (saved["epoch"], saved["done"]) == (0, 80 // (10 * processes))
+    for path, whole in zip(broken, content, strict=True):
+        path.write_bytes(whole)
+    outcome = run_script(*script, *flags)
+    assert outcome.status == 0
+    assert "epoch 1: step" not in outcome.out  # it continues with the validation of the epoch that was saved
+    assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 3
+
+
+def test_a_broken_image_whose_name_is_no_text_is_told_of(digits_copy, tmp_path, tiny_flags, run_script):
+    for name in (os.fsdecode(b"broken\xff.jpg"), "new\nline.jpg"):
+        (digits_copy / "train" / "3" / name).write_bytes(b"no image")
+    (digits_copy / "train" / "3" / "notes.txt").touch()
+    flags = ["--output", tmp_path, "--experiment", "run", "--max-unreadable", 0.5, "--epochs", 1, "-b", 41]
+    outcome = run_script("train.py", digits_copy, *tiny_flags, *flags, PYTHONIOENCODING="utf-8:strict")
+    assert outcome.status == 0, outcome.err
+    for text in (outcome.out, (tmp_path / "run" / "train.log").read_text()):
+        assert r"train/3/broken\xff.jpg (no format that Pillow knows): repair or replace it; another image" in text
+        assert r"train/3/new\nline.jpg (no format" in text
+        assert "train: left out 1 files that are not images (.txt): 3/notes.txt" in text
+
+
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monkeypatch, fault, capsys):
     trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
