@@ -99,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, precision = (take(group, vars(settings)) for group in (ModelConfig, PrecisionConfig))
     data = take(DataConfig, vars(settings))
     images = open_images(data, settings.split, decoder=config.decoder)
+    if rank == 0:
+        for note in images.notes:
+            print(f"{settings.split}: {note}", file=sys.stderr)
     files = label_files(images)
     num_classes = teacher.count_classes(images, settings)
     model = teacher.build_teacher(config, num_classes, settings.checkpoint, settings.data_dir).eval()
@@ -112,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "weights": teacher.hash_weights(model),
         "precision": precision.amp_dtype if precision.amp else "float32",
         "checkpoint": settings.checkpoint or "pretrained",
+        **({"exif_transpose": True} if config.exif_transpose else {}),
     }
     label = teacher.make_label_fn(model.to(device), data_config, precision, device)
     blank = teacher.label_blank_image(model, label, data_config["input_size"])

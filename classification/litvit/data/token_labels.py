@@ -42,18 +42,23 @@ class TokenLabels:
         self.shape: torch.Size | None = None
         if not self.folder.is_dir():
             raise InputError(f"--token-label-data {folder}: no such folder; make_token_labels.py makes one")
-        self._check_classes(class_list(images))
+        self._check_teacher(images)
         self._check_files(label_files(images))
         self.shape = self.read(0).shape
 
-    def _check_classes(self, found: list[str] | None) -> None:
+    def _check_teacher(self, images: Images) -> None:
+        """Refuse labels of other classes, or of pictures that were turned otherwise."""
         try:
-            known = json.loads((self.folder / TEACHER).read_text())["classes"]
+            teacher = json.loads((self.folder / TEACHER).read_text())
+            known, turned = teacher["classes"], bool(teacher.get("exif_transpose"))
         except FileNotFoundError:  # published labels
             return
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read {self.folder / TEACHER}: {error!r}") from error
-        check_class_numbers(found, known, "the training images", f"those of {self.folder}")
+        check_class_numbers(class_list(images), known, "the training images", f"those of {self.folder}")
+        if turned != images.decoder.exif_transpose:
+            state = "upright (--exif-transpose)" if turned else "as stored (--no-exif-transpose)"
+            raise InputError(f"the labels of {self.folder} are of photographs {state}: train on the same")
 
     def _check_files(self, files: list[str]) -> None:
         there = set()
