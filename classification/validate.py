@@ -17,6 +17,7 @@ from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser, run
 from litvit.data.loader import eval_loader
 from litvit.data.readers import DataConfig, class_names, open_for_evaluation, train_classes
+from litvit.data.streams import ImageStream
 from litvit.errors import InputError
 from litvit.memory import keep_freed_memory
 from litvit.processes import Processes, choose_device
@@ -74,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     classes = class_names(images)
     counted = max(classes.values()) + 1 if classes else None
     num_classes = data.num_classes or counted
+    if isinstance(images, ImageStream):
+        images.num_classes = num_classes
+        if settings.real_labels is not None:
+            raise InputError("--real-labels goes by the names of ImageNet's files: give the folder, not a stream")
     if num_classes is None:
         raise InputError(f"--dataset {data.dataset} does not say how many classes it has: give --num-classes")
     numbered = known_classes or data.class_map or train_classes(data)

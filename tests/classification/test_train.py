@@ -1,12 +1,16 @@
 """train.py and distributed_train.sh: what a run leaves behind, how it resumes, and what wrong input says."""
 
 import csv
+import json
 import re
 
+import make_token_labels
 import pytest
 import timm
 import torch
 import train
+import validate
+import visualize_offset
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -296,3 +300,45 @@ def test_a_gpu_trains_the_recipe_and_resumes(digits, tmp_path, run_main, flags):
     assert "continuing at epoch 2" in outcome.out
     state = torch.load(tmp_path / "lit_ti" / "last.pth", weights_only=True)
     assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_the_weights_remember_that_photographs_are_turned(digits_copy, digits, tmp_path, tiny_flags, run_main):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in digits_copy.rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    flags = [*tiny_flags, "--epochs", 1, "--output", tmp_path]
+    states = []
+    for data, more in ((digits, ["upright"]), (digits_copy, ["turned", "--exif-transpose"])):
+        assert run_main(train, data, *flags, "--experiment", *more).status == 0
+        states.append(torch.load(tmp_path / more[0] / "last.pth", weights_only=True))
+    weights = tmp_path / "turned" / "model_best.safetensors"
+    for name, value in states[0]["state_dict"].items():
+        assert torch.equal(value, states[1]["state_dict"][name]), name
+    assert (states[0]["best_top1"], states[0]["loss_sum"]) == (states[1]["best_top1"], states[1]["loss_sum"])
+
+    results = [
+        json.loads(run_main(validate, data, "--checkpoint", weights, "-j", 0).out) for data in (digits, digits_copy)
+    ]
+    assert results[0]["loss"] == results[1]["loss"]
+    as_stored = run_main(validate, digits_copy, *flags, "--no-exif-transpose")
+    assert json.loads(as_stored.out)["loss"] != results[0]["loss"]
+
+    for name, data in (("upright", digits), ("turned", digits_copy)):
+        image = next(iter(sorted((data / "val" / "3").iterdir())))
+        plots = ["--resume", weights, "--vis-image", image, "--output", tmp_path / f"plots-{name}"]
+        assert run_main(visualize_offset, *plots).status == 0
+        assert (
+            run_main(make_token_labels, data, tmp_path / f"labels-{name}", "--checkpoint", weights, "-j", 0).status == 0
+        )
+    upright, turned = (tmp_path / f"plots-{name}" / image.stem / "overview.png" for name in ("upright", "turned"))
+    assert upright.read_bytes() == turned.read_bytes()
+    upright, turned = (sorted((tmp_path / f"labels-{name}").rglob("*.pt")) for name in ("upright", "turned"))
+    assert len(upright) == len(turned) == 80
+    for first, second in zip(upright, turned, strict=True):
+        assert torch.equal(torch.load(first, weights_only=True), torch.load(second, weights_only=True))
+
+    labels = ["--token-label", "--token-label-data", tmp_path / "labels-turned", "--model", "lvt", "--dry-run"]
+    outcome = run_main(train, digits_copy, *labels, "--img-size", 32, "-b", 10, "-j", 0)
+    assert outcome.status == 2
+    assert "are of photographs upright (--exif-transpose): train on the same" in outcome.err

@@ -313,8 +313,11 @@ def open_for_evaluation(
     """
     known = classes or train_classes(config) or []
     images = open_images(config, config.val_split, known_classes=known, decoder=decoder, or_itself=True)
+    if isinstance(images, ImageStream):
+        check_class_numbers(class_list(images), classes, config.val_split, "those of the checkpoint")
+        return images
     found = class_names(images)
-    if config.class_map or not found or not known or isinstance(images, ImageStream):
+    if config.class_map or not found or not known:
         return images
     if len(found) == len(known) and not found.keys() & set(known):
         return images  # as many classes, all with other names: ImageNet-V2's folders are numbers
@@ -344,11 +347,16 @@ def open_train_and_val(
     train = open_images(config, config.train_split, decoder=decoder, seed=seed, is_training=True)
     classes = class_names(train)
     val = open_images(config, config.val_split, known_classes=classes or (), decoder=decoder, seed=seed)
-    if classes and isinstance(val, Images) and class_names(val):
+    if isinstance(val, ImageStream):
+        check_class_numbers(class_list(val), class_list(train), config.val_split, f"those of {config.train_split}")
+    elif classes and class_names(val):
         number_classes(val, classes, config.val_split, config.train_split)
     counted = max(classes.values()) + 1 if classes else None
     if config.num_classes is None and counted is None:
         raise InputError(f"--dataset {config.dataset} does not say how many classes it has: give --num-classes")
     if counted and config.num_classes and config.num_classes < counted:
         raise InputError(f"--num-classes {config.num_classes}, but the data has {counted} classes")
+    for images in (train, val):
+        if isinstance(images, ImageStream):
+            images.num_classes = config.num_classes or counted
     return train, val, config.num_classes or counted

@@ -96,6 +96,7 @@ class ImageStream(IterableDataset):
 
     Attributes:
         notes: Sentences for the user.
+        num_classes: Number of classes, None if it is not known. A sample of another class is a fault.
         epoch: Epoch to read, shared with the loader processes.
     """
 
@@ -103,6 +104,7 @@ class ImageStream(IterableDataset):
         super().__init__()
         self.source, self.seed, self.decoder, self.is_training = source, seed, decoder or Decoder(), is_training
         self.notes: list[str] = []
+        self.num_classes: int | None = None
         self.transform: Callable[[Image.Image], Any] | TrainTransform | None = None
         self.epoch = SharedCount()
         self.rank, self.world_size, self.batch_size, self.batches = 0, 1, 1, 0
@@ -141,8 +143,17 @@ class ImageStream(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         return Share(self.rank, self.world_size, number, workers)
 
+    def read(self, seed: int | None = None) -> Iterator[Encoded | Fault]:
+        """Read this process's share once, without decoding, in the order of `seed`."""
+        for item in self.source.read(self.share(), seed):
+            if isinstance(item, Encoded) and self.num_classes and item.target >= self.num_classes:
+                reason = f"{item.name} has the class {item.target}, but there are {self.num_classes} (--num-classes)"
+                yield Fault(item.name, reason)
+            else:
+                yield item
+
     def __iter__(self) -> Iterator[Sample]:
-        yield from self._read_training(self.share()) if self.is_training else self._read_once(self.share())
+        yield from self._read_training(self.share()) if self.is_training else self._read_once()
 
     def _read_training(self, share: Share) -> Iterator[Sample]:
         batches = len(range(share.worker, self.batches, share.workers))  # the loader takes turns
@@ -150,7 +161,7 @@ class ImageStream(IterableDataset):
         order = random.Random(f"{self.seed} {self.epoch.value}").getrandbits(31)
         while True:
             before = done
-            for item in self.source.read(share, order):
+            for item in self.read(order):
                 if done == wanted:
                     return
                 if isinstance(item, Fault):
@@ -168,8 +179,8 @@ class ImageStream(IterableDataset):
                 why = faults[0].reason if faults else "there is none"
                 raise InputError(f"no image of a share of the training images can be read: {why}")
 
-    def _read_once(self, share: Share) -> Iterator[Sample]:
-        for item in self.source.read(share, None):
+    def _read_once(self) -> Iterator[Sample]:
+        for item in self.read():
             if isinstance(item, Fault):
                 yield blank_sample(self.transform, self.decoder, item)
                 continue

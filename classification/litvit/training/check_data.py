@@ -58,7 +58,7 @@ class _ExaminedStream(IterableDataset):
         self.images = images
 
     def __iter__(self) -> Iterator[Findings]:
-        for item in self.images.source.read(self.images.share(), None):
+        for item in self.images.read():
             if isinstance(item, Fault):
                 yield [(UNREADABLE, item.reason)]
             else:

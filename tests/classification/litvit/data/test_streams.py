@@ -133,6 +133,7 @@ def broken_samples(digits):
         "no-image": ({"txt": b"words", "cls": b"1"}, "no-image of .*tar has no image, but .txt, .cls"),
         "no-class": ({"png": image}, "no-class of .*tar has no class number in .cls"),
         "bad-class": ({"png": image, "cls": b"owl"}, "bad-class of .*tar has no class number"),
+        "big-class": ({"png": image, "cls": b"10"}, "big-class of .*tar has the class 10, but there are 10"),
         "no-label": ({"png": image, "cls": b"-1"}, "no-label of .*tar has the class -1"),
     }
 
@@ -167,8 +168,9 @@ def test_broken_validation_samples_are_all_named(digits, shards, workers):
     processes = Processes(torch.device("cpu"))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
     images = open_for_evaluation(config_of(shards), None)
+    images.num_classes = 10
     loader = eval_loader(images, EVAL_CONFIG, processes, batch_size=4, workers=workers)
-    with pytest.raises(InputError, match="5 images cannot be read: ") as raised:
+    with pytest.raises(InputError, match="6 images cannot be read: ") as raised:
         evaluate(model, loader, processes, torch.no_grad)
     assert all(key in str(raised.value) for key in broken_samples(digits))
     write_shard(shards / "val-0000.tar", samples[:9])
