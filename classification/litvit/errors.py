@@ -16,10 +16,12 @@ class InputError(ValueError):
     traceback, and exit with status 2 (`litvit.cli.run`). Library callers get an ordinary `ValueError`.
     """
 
-    def __str__(self) -> str:
-        # A DataLoader re-raises its worker's error with the worker's traceback as message; the last line is the error.
-        lines = super().__str__().strip().splitlines() or [""]
-        return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+    def __init__(self, message: str = ""):
+        # A DataLoader re-raises its process's error with that one's traceback as message. The last line is the error.
+        if message.startswith("Caught ") and "Traceback" in message:
+            message = message.strip().splitlines()[-1]
+            message = message.removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+        super().__init__(printable(message))
 
 
 def printable(name: str | os.PathLike) -> str:

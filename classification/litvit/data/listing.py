@@ -123,11 +123,8 @@ def is_cut_off(path: str | Path) -> bool:
 
 def class_folders(root: Path) -> list[str]:
     """Return the names of the classes that `ImageFiles` finds in a folder, without listing all of its images."""
-    with os.scandir(root) as entries:
-        folders = [entry for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
-    if len(folders) < 2:
-        return list(ImageFiles(root).class_to_idx)
-    return natural_order(entry.name for entry in folders if next(_FolderScan().walk(Path(entry.path)), None))
+    classes = {path.partition("/")[0] for path in _FolderScan().walk(root, one_per_class=True) if "/" in path}
+    return natural_order(classes) if len(classes) > 1 else list(ImageFiles(root).class_to_idx)
 
 
 def _is_hidden(name: str) -> bool:
@@ -179,11 +176,14 @@ class _Scan:
 class _FolderScan(_Scan):
     """A walk over a folder. Links to folders are followed, but not in circles."""
 
-    def walk(self, root: Path) -> Iterator[str]:
-        """Yield the images."""
+    def walk(self, root: Path, one_per_class: bool = False) -> Iterator[str]:
+        """Yield the images, or one of every folder in the root."""
         folders: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", ())]
+        done = set()
         while folders:
             folder, prefix, passed = folders.pop()
+            if one_per_class and prefix.partition("/")[0] in done:
+                continue
             try:
                 with os.scandir(folder) as listed:
                     entries = list(listed)
@@ -214,6 +214,9 @@ class _FolderScan(_Scan):
                     # A link that leads nowhere stays an image, which reading will name.
                     if is_link or entry.is_file():
                         yield path
+                        if one_per_class and prefix:
+                            done.add(prefix.partition("/")[0])
+                            break
                     else:
                         self.leave_out("pipes, sockets and devices", path)
 

@@ -11,6 +11,8 @@ from timm.utils import trim_summary, update_summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from litvit.errors import printable
+
 logger = logging.getLogger("litvit")
 
 
@@ -19,9 +21,18 @@ def set_up_logging(folder: Path | None, primary: bool) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and primary:
         handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace"))
+    for handler in handlers:
+        handler.setFormatter(_OneLine("%(message)s"))
     logging.raiseExceptions = False  # a full disk under the log file must not give one traceback per line
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=handlers, force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     logger.setLevel(logging.INFO if primary else logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    """Messages on one line each, whatever names of files they hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - a method of logging's
+        return printable(super().formatMessage(record))
 
 
 class Report:

@@ -301,11 +301,11 @@ def log_start(trainer: Trainer) -> None:
     )
     for split, dataset in (("train", trainer.train_batches.dataset), ("val", trainer.val_batches.dataset)):
         for note in dataset.notes:
-            logger.warning("%s: %s", split, note)
+            logger.info("%s: %s", split, note)
     logger.info(
-        "%d + %d images, total batch %d, %d steps per epoch, %d epochs, learning rate %.3e from %.1e to %.1e",
+        "%d + %s images, total batch %d, %d steps per epoch, %d epochs, learning rate %.3e from %.1e to %.1e",
         len(trainer.train_batches.dataset),
-        len(trainer.val_batches.dataset),
+        len(trainer.val_batches.dataset) or "?",
         trainer.total_batch,
         trainer.steps_per_epoch,
         trainer.epochs,

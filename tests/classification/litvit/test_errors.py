@@ -1,6 +1,9 @@
 """Errors of the user's own code keep their traceback; wrong input is one line, which can show where it was found."""
 
+import os
+
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from litvit.errors import InputError
 
@@ -65,7 +68,21 @@ def test_a_bug_in_an_imported_module_keeps_its_traceback(digits, run_script, tmp
     assert "ModuleNotFoundError: No module named 'no_such_package_of_mine'" in outcome.err
 
 
+NAME = os.fsdecode(b"new\nline\xff.png")
+
+
+class Broken(Dataset):
+    """A data set whose only item is wrong input, in a file of an odd name."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise InputError(f"image {NAME} is broken")
+
+
 def test_the_message_is_one_line_also_across_processes():
-    assert (
-        str(InputError("Traceback ...\n  frames\nlitvit.errors.InputError: image 7 is broken")) == "image 7 is broken"
-    )
+    for workers in (0, 1):
+        with pytest.raises(InputError) as raised:
+            next(iter(DataLoader(Broken(), num_workers=workers)))
+        assert str(raised.value) == r"image new\nline\xff.png is broken"

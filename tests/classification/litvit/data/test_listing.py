@@ -69,6 +69,15 @@ def test_clean_data_has_no_notes(root):
     assert not ImageFiles(pack(root)).notes
 
 
+def test_classes_are_found_without_listing_all_images(root):
+    for stray in STRAYS:
+        write(root / stray, None if stray.endswith(".png") else b"")
+    (root / "again").symlink_to(root, target_is_directory=True)
+    write(root / "yak" / "part" / "1.webp")
+    (root / "yak" / "empty").mkdir()
+    assert class_folders(root) == list(ImageFiles(root).class_to_idx) == ["cat", "dog", "yak"]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_empty_class_folders_are_no_classes(root, packed):
     (root / "ant").mkdir()
@@ -131,6 +140,7 @@ def test_links_are_followed_but_not_in_circles(root):
     images = ImageFiles(root)
     assert {"owl/1.jpg", "dog/to_cat/1.png", "cat/to_dog/1.jpg"} <= set(images.names)
     assert set(images.class_to_idx) == {"cat", "dog", "owl"}
+    assert class_folders(root) == ["cat", "dog", "owl"]
     note = next(note for note in images.notes if "links in a circle" in note)
     assert "cat/again" in note or "..." in note
 
