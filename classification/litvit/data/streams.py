@@ -159,11 +159,9 @@ class ImageStream(IterableDataset):
         batches = len(range(share.worker, self.batches, share.workers))  # the loader takes turns
         wanted, done, faults = batches * self.batch_size, 0, []
         order = random.Random(f"{self.seed} {self.epoch.value}").getrandbits(31)
-        while True:
+        while done < wanted:
             before = done
             for item in self.read(order):
-                if done == wanted:
-                    return
                 if isinstance(item, Fault):
                     faults.append(item)
                     continue
@@ -175,6 +173,8 @@ class ImageStream(IterableDataset):
                     continue
                 yield Sample(image.pixels, item.target, image.erased, None, faults)
                 done, faults = done + 1, []
+                if done == wanted:
+                    return
             if done == before:
                 why = faults[0].reason if faults else "there is none"
                 raise InputError(f"no image of a share of the training images can be read: {why}")
@@ -228,7 +228,7 @@ class WebDatasetShards(Source):
         self.num_samples = reader.num_samples or None
         self.class_to_idx = numbers or {}
         self.shards = [os.path.join(root, file) for file in reader.split_info.filenames]
-        self.image_keys = {key.lstrip(".") for key in input_key.split(";")} if input_key else None
+        self.image_keys = {key.lstrip(".") for key in (input_key.split(";") if input_key else image_suffixes())}
         self.target_key = target_key or reader.split_info.alt_label
         missing = [shard for shard in self.shards if not re.match(r"\w+:", shard) and not os.path.exists(shard)]
         if missing:
@@ -270,9 +270,9 @@ class WebDatasetShards(Source):
             yield Fault(printable(shard), f"cannot read the shard {printable(shard)} ({reason}): repair or replace it")
 
     def _encoded(self, name: str, sample: dict[str, Any]) -> Encoded | Fault:
-        keys = self.image_keys or {suffix[1:] for suffix in image_suffixes()}
-        # The key of "0001.rgb.png" is "0001", and "rgb.png" its suffix.
-        image = next((sample[key] for key in sample if key in keys or key.rpartition(".")[2] in keys), None)
+        # The key of "0001.rgb.png" is "0001", and its suffix "rgb.png".
+        suffixes = (key for key in sample if not self.image_keys.isdisjoint((key, key.rpartition(".")[2])))
+        image = sample.get(next(suffixes, ""))
         held = ", ".join(f".{printable(key)}" for key in sample if not key.startswith("__"))
         if image is None:
             return Fault(name, f"the sample {name} has no image, but {held or 'nothing'}: --input-key names its suffix")
