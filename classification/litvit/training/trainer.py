@@ -147,7 +147,7 @@ class Trainer:
             token_labels = getattr(self.train_batches, "token_labels", None)
             target = blank_targets(number, num_classes, token_labels, device)
             with unchanged(model), wrong_settings("train", config.model, config.precision):
-                self.task.train()
+                model.train()
                 self._forward_backward(Batch(torch.zeros(number, *size, device=device), target, []), 0, True)
 
         devices = [device] if device.type == "cuda" else []
