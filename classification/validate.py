@@ -23,6 +23,7 @@ from litvit.memory import keep_freed_memory
 from litvit.processes import Processes, choose_device
 from litvit.runs.folder import replace_file
 from litvit.settings import take
+from litvit.training.blank_images import check_scores
 from litvit.training.evaluate import evaluate
 from litvit.training.flags import (
     TRACEBACK_HELP,
@@ -32,7 +33,7 @@ from litvit.training.flags import (
     add_precision_flags,
     parse_with_checkpoint,
 )
-from litvit.training.model import ModelConfig, PrecisionConfig, build_model, data_settings
+from litvit.training.model import ModelConfig, PrecisionConfig, build_model, data_settings, image_size
 
 
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(config, num_classes)
     load_weights(model, settings.checkpoint)
     model.to(device)
+    data_config = data_settings(config, model)
+    check_scores(model, config, precision, data_config["input_size"], num_classes, device)
     if precision.torchcompile:
         model = torch.compile(model, backend=precision.torchcompile)
-    data_config = data_settings(config, model)
     processes = Processes(device)
     loader = eval_loader(images, data_config, processes, batch_size=data.batch_size, workers=data.workers)
     for note in images.notes:
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": str(data.data_dir),
         "images": metrics.pop("images"),
         "num_classes": num_classes,
-        "img_size": data_config["input_size"][-1],
+        "img_size": image_size(data_config["input_size"][1:]),
         "crop_pct": data_config["crop_pct"],
         "interpolation": data_config["interpolation"],
         "precision": precision.amp_dtype if precision.amp else "float32",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from timm.layers import to_2tuple
 from timm.models import create_model
 from torch import nn
 from torchvision.transforms.functional import normalize, to_tensor
@@ -28,7 +29,7 @@ from litvit.training.model import ModelConfig, data_settings
 FOLDER = Path(__file__).parent / "visualization"
 
 
-def build_model(name: str, checkpoint: str, img_size: Sequence[int] | None, model_kwargs: dict) -> nn.Module:
+def build_model(name: str, checkpoint: str, img_size: tuple[int, int] | None, model_kwargs: dict) -> nn.Module:
     """Build a LIT without a classifier and load a checkpoint.
 
     Args:
@@ -46,7 +47,7 @@ def build_model(name: str, checkpoint: str, img_size: Sequence[int] | None, mode
         merging_modules(model)
         # Resize position tables once, from the checkpoint's size to the image's, if the model can have that size.
         if img_size is not None and not any(side % model.total_stride for side in img_size):
-            model = create_model(name, **kwargs, img_size=tuple(img_size))
+            model = create_model(name, **kwargs, img_size=img_size)
     except TypeError as error:
         if is_from_user_code(error):
             raise
@@ -71,7 +72,7 @@ def open_image(path: str, decoder: Decoder | None = None) -> Image.Image:
         return (decoder or Decoder())(image)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]:
     parser = cli.ArgumentParser(
         prog="visualize_offset.py",
         description="Plot the image locations that each token of a LIT's last stage reads: one image per token (the "
@@ -81,35 +82,29 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", dest="checkpoint", required=True, metavar="FILE", help="checkpoint, any that validate.py takes")
     image = {"default": str(FOLDER / "demo.JPEG"), "metavar": "FILE", "help": "image (demo.JPEG)"}
     add("--vis_image", "--vis-image", **image)
-    add("--img-size", dest="size", type=int, nargs="+", metavar="N", help="pixels per side, or height and width (224)")
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
     add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
-    add_flags(
-        parser, ModelConfig, only=("model", "imports", "model_kwargs", "in_chans", "exif_transpose", "mean", "std")
-    )
+    names = ("model", "imports", "img_size", "model_kwargs", "in_chans", "exif_transpose", "mean", "std")
+    add_flags(parser, ModelConfig, only=names)
     args = parse_with_checkpoint(parser, argv)
-    if args.size is None and "img_size" in args.description:
-        args.size = [args.description["img_size"]]
-    if args.size is not None:
-        if len(args.size) > 2:
-            raise InputError(f"--img-size takes one number or two, height and width, got {len(args.size)}")
-        if min(args.size) < Backbone.total_stride:
-            raise InputError(f"--img-size is {min(args.size)}, but must be at least {Backbone.total_stride}")
-        args.size = (args.size[0], args.size[-1])
-    return args
+    config = take(ModelConfig, vars(args))
+    least = min(to_2tuple(config.img_size or Backbone.total_stride))
+    if least < Backbone.total_stride:
+        raise InputError(f"--img-size is {least}, but must be at least {Backbone.total_stride}")
+    return args, config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plot offsets (`python visualize_offset.py --help`)."""
-    args = _parse(argv)
+    args, config = _parse(argv)
     start = time.perf_counter()
-    config = take(ModelConfig, vars(args))
     image = open_image(args.vis_image, config.decoder)
-    model = build_model(args.model, args.checkpoint, args.size, {"in_chans": args.in_chans, **args.model_kwargs})
+    size = to_2tuple(config.img_size) if config.img_size else None
+    model = build_model(config.model, args.checkpoint, size, {"in_chans": config.in_chans, **config.model_kwargs})
     device = choose_device(args.device)
     model.to(device)
-    height, width = args.size or model.img_size
+    height, width = size or model.img_size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     data_config = data_settings(config, model)
     pixels = normalize(to_tensor(image), data_config["mean"], data_config["std"]).unsqueeze(0).to(device)

@@ -17,10 +17,35 @@ TRACEBACK = "LIT_TRACEBACK"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line: the wrong input, and how to list the flags."""
+    """argparse whose complaints are one line: the wrong input, and how to list the flags.
+
+    A flag that takes several numbers ends where they end: `--img-size 224 DATA_DIR` is one number and a folder.
+    """
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        left = list(sys.argv[1:] if args is None else args)
+        lists = [action for action in self._actions if action.nargs == "+" and action.type in (int, float)]
+        flags = {flag for action in lists for flag in action.option_strings}
+        others, moved = [], []  # flags of several numbers move to the end, where nothing follows them
+        while left:
+            argument = left.pop(0)
+            (moved if argument in flags else others).append(argument)
+            while argument in flags and left and _is_number(left[0]):
+                moved.append(left.pop(0))
+        return super().parse_known_args(others + moved, namespace)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:

@@ -93,7 +93,9 @@ def classify_tokens(model, images):
         ("swin_tiny_patch4_window7_224", 64, SWIN),
         ("deit_tiny_patch16_224", 32, {"depth": 1}),
         ("lit_s", 64, LIT),
+        ("lit_s", (64, 96), LIT),
         ("lvt", 64, {}),
+        ("lvt", (64, 96), {}),
     ],
 )
 @torch.no_grad()
@@ -103,8 +105,9 @@ def test_labels_are_those_of_plain_code(digits_copy, tmp_path, run, name, size, 
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     for path in digits_copy.rglob("train/*/*.png"):
         Image.open(path).resize((50, 28)).save(path)
+    height, width = size if isinstance(size, tuple) else (size, size)
     outcome = run(
-        *("--model", name, "--img-size", size, "-b", 33, *kwargs_flags(kwargs)),
+        *("--model", name, "--img-size", height, width, "-b", 33, *kwargs_flags(kwargs)),
         data=digits_copy,
         checkpoint=tmp_path / "teacher.pth",
     )
@@ -115,17 +118,17 @@ def test_labels_are_those_of_plain_code(digits_copy, tmp_path, run, name, size, 
 
     cfg = model.pretrained_cfg
     resample = getattr(Image.Resampling, cfg["interpolation"].upper())
-    pictures = [Image.open(path).convert("RGB").resize((size, size), resample) for path in images]
+    pictures = [Image.open(path).convert("RGB").resize((width, height), resample) for path in images]
     pixels = torch.tensor(np.stack(pictures), dtype=torch.float64) / 255
     pixels = (pixels - torch.tensor(cfg["mean"])) / torch.tensor(cfg["std"])
     scores = classify_tokens(model.double(), pixels.permute(0, 3, 1, 2))
     expected = scores.softmax(-1)
 
     labels = torch.stack([load(path) for path in files.values()])
-    assert labels.shape == (80, 2, 5, 2, 2)
+    assert labels.shape == (80, 2, 5, 2, 2 * width // height)
     assert labels.dtype == torch.float16
     best, classes = labels.permute(0, 1, 3, 4, 2).unbind(1)
-    dense = torch.zeros(80, 2, 2, 10, dtype=torch.float64).scatter(-1, classes.long(), best.double())
+    dense = torch.zeros(80, 2, 2 * width // height, 10, dtype=torch.float64).scatter(-1, classes.long(), best.double())
     chosen = expected.gather(-1, classes.long())
     torch.testing.assert_close(dense.softmax(-1).gather(-1, classes.long()), chosen, rtol=0, atol=5e-3)
     torch.testing.assert_close(chosen, expected.topk(5).values, rtol=0, atol=1e-4)
@@ -278,7 +281,7 @@ def test_images_that_cannot_be_decoded_are_named_and_the_others_labelled(digits_
         (["--checkpoint", "{teacher}", "--crop-pct", "0.9"], r"leave out --crop-pct: .*"),
         (["--checkpoint", "{teacher}", "-b", "0"], r"--batch-size must be at least 1, not 0"),
         (["--checkpoint", "{teacher}", "--split", "test"], r".* has neither test/ nor test.tar; it holds .*"),
-        (["--checkpoint", "{teacher}", "--interpolation", "random"], r"--interpolation random is for training.*"),
+        (["--checkpoint", "{teacher}", "--interpolation", "random"], r"--interpolation is one of .*, not random"),
         (["--checkpoint", "{teacher}", "--dataset", "wds/x"], r"unrecognized arguments: --dataset wds/x .*"),
         (["--checkpoint", "{teacher}", "--num-classes", "12"], r".* holds 10 classes, the model has 12.*"),
         (["--checkpoint", "{tmp}/plain.pth", "--model", "resnet18"], r".* holds 7 classes, the model has 10.*"),

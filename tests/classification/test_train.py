@@ -15,6 +15,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from litvit.runs.folder import read_description
+
 
 @pytest.fixture(scope="module")
 def finished_run(digits, tmp_path_factory, tiny_flags):
@@ -196,6 +198,21 @@ def test_wrong_data_is_one_line(digits_copy, tmp_path, tiny_flags, run_main, spo
     assert spoil is unreadable_image or not (tmp_path / "out").exists()
 
 
+def test_images_that_are_not_square(digits, tmp_path, tiny_flags, run_main):
+    """Trained, resumed and described at 32 x 64, which the folder of the run remembers."""
+    flags = [digits, *tiny_flags[2:-1], "mlp_ratios=(2,2,2,2)", "--model", "lit_ti", "--img-size", 32, 64]
+    outcome = run_main(train, *flags, "--mixup", 0.8, "--cutmix", 1, "--output", tmp_path, "--experiment", "run")
+    assert outcome.status == 0, outcome.err
+    assert "10 classes, 32 x 64 images; cpu" in outcome.out
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["img_size"] == [32, 64]
+    assert read_description(tmp_path / "run" / "model_best.safetensors")["img_size"] == [32, 64]
+    assert load_file(tmp_path / "run" / "model_best.safetensors")["stages.0.pos_embed"].shape == (1, 8, 16, 16)
+    resumed = run_main(train, digits, "--resume", tmp_path / "run")
+    assert (resumed.status, "this run has ended already" in resumed.out) == (0, True), resumed.err
+    other = run_main(train, digits, "--resume", tmp_path / "run", "--img-size", 64, 32)
+    assert (other.status, "img_size was [32, 64], is [64, 32]" in other.err) == (2, True)
+
+
 def write_code(path):
     class Code:
         def __reduce__(self):
@@ -223,7 +240,19 @@ def write_code(path):
         (["--ratio", "0", "0"], r"--ratio is a low and a high value"),
         (["--mean", "1", "2"], r"--mean has 2 values"),
         (["--std", "0", "1", "1"], r"--std must be positive"),
+        (["--std", "nan"], r"--std must be finite"),
         (["--in-chans", "1"], r"--mean has 3 values, the images 1 channels"),
+        (["--in-chans", "6", "--mean", ".5", "--std", ".5"], r"--in-chans 6: images are read with 1 \(grey\), 3"),
+        (["--in-chans", "4", "--mean", ".5", "--std", ".5"], r"--aa rand-.* takes grey and RGB images only"),
+        (["--crop-pct", "87.5"], r"--crop-pct must be above 0 and at most 1, not 87.5"),
+        (["--interpolation", "random"], r"--interpolation is one of .*, not random"),
+        (
+            ["--img-size", "16", "64", "--model", "lvt", "--no-token-label"],
+            r"must have 32 pixels or more per side, not",
+        ),
+        (["--img-size", "32", "64", "96"], r"--img-size takes one number or two, height and width, not 3"),
+        (["--model-kwargs", "img_size=(32,64)"], r"--img-size HEIGHT WIDTH, is both"),
+        (["--model-kwargs", "mlp_ratios=(2,2)"], r"list index out of range; is it in --model-kwargs"),
         (["--lr-base-size", "0"], r"--lr-base-size must be at least 1"),
         (["--clip-grad", "-1"], r"--clip-grad must be at least 0"),
         (["--mixup", "-1"], r"--mixup must be at least 0"),

@@ -117,6 +117,34 @@ def test_a_full_checkpoint_knows_its_model(digits, tiny, tmp_path, run_main):
     assert json.loads(outcome.out)["top1"] == pytest.approx(expected(tiny, digits / "val")[0], abs=1e-3)
 
 
+def test_images_that_are_not_square(digits_copy, tmp_path, run_main):
+    model = timm.create_model("lit_ti", num_classes=10, img_size=(32, 64), **KWARGS).eval()
+    for path in (digits_copy / "val").rglob("*.png"):
+        Image.open(path).resize((64, 32)).save(path)
+    size = {"img_size": [32, 64], "num_classes": 10, "crop_pct": 1.0}
+    save_weights(tmp_path / "wide.safetensors", model.state_dict(), {"model": "lit_ti", "model_kwargs": KWARGS, **size})
+    outcome = run_main(validate, digits_copy, "--checkpoint", tmp_path / "wide.safetensors", "-j", 0)
+    assert outcome.status == 0, outcome.err
+    result = json.loads(outcome.out)
+    top1, loss = expected(model, digits_copy / "val")
+    assert (result["img_size"], result["top1"]) == ([32, 64], pytest.approx(top1, abs=1e-3))
+    assert result["loss"] == pytest.approx(loss, abs=2e-4)
+    # an older file, whose model arguments named the size once more
+    both = {"model": "lit_ti", "model_kwargs": {**KWARGS, "img_size": [32, 64]}, **size}
+    save_weights(tmp_path / "both.safetensors", model.state_dict(), both)
+    outcome = run_main(validate, digits_copy, "--checkpoint", tmp_path / "both.safetensors", "-j", 0)
+    assert json.loads(outcome.out)["loss"] == result["loss"]
+
+
+def test_a_model_that_cannot_take_the_images_is_one_line(digits, tmp_path, run_main):
+    model = timm.create_model("inception_v3", num_classes=10)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    flags = ["--model", "inception_v3", "--img-size", 32, "--checkpoint", tmp_path / "weights.safetensors", "-j", 0]
+    outcome = run_main(validate, digits, *flags)
+    assert outcome.status == 2
+    assert re.fullmatch(r"error: inception_v3 cannot classify images with --img-size 32, .*\n", outcome.err)
+
+
 def test_imagenet_real_labels(digits, tiny, weights, tmp_path, run_main):
     folder = tmp_path / "data" / "val"
     labels = []

@@ -10,6 +10,7 @@ from torch import nn
 
 from litvit.dtm.offsets import GREEN, RED
 from litvit.errors import InputError
+from litvit.runs.folder import save_weights
 
 SMALL = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 2)}
 SMALL_FLAGS = ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in SMALL.items())]
@@ -68,6 +69,14 @@ def test_default_size_is_the_models_and_old_plots_go(folder, tmp_path):
     assert (plots / "notes.txt").exists()
 
 
+def test_a_checkpoint_knows_that_its_images_are_not_square(folder, tmp_path):
+    model = create_model("lit_s", num_classes=7, img_size=(64, 96), **SMALL)
+    description = {"model": "lit_s", "img_size": [64, 96], "model_kwargs": SMALL}
+    save_weights(tmp_path / "wide.safetensors", model.state_dict(), description)
+    plots = plot(folder, tmp_path, "--resume", str(tmp_path / "wide.safetensors"))
+    assert sorted(path.name[:14] for path in plots.glob("row*"))[-1] == "row01_column02"
+
+
 @pytest.mark.parametrize(("grey", "rows_moved"), [(110, -4), (140, 4)])
 def test_the_network_sees_a_normalised_image(folder, tmp_path, grey, rows_moved):
     # Offsets that are the sign of the first pixels' red, which is negative below ImageNet's mean of 124.
@@ -101,6 +110,7 @@ def test_the_network_sees_a_normalised_image(folder, tmp_path, grey, rows_moved)
         (["--resume", "nowhere.pth"], "nowhere.pth"),
         (["--img-size", "31"], "--img-size is 31, but must be at least 32"),
         (["--img-size", "64", "64", "3"], "--img-size takes one number or two"),
+        (["--img-size", "64", "0"], "--img-size must be at least 1"),
         (["--device", "toaster"], "--device toaster"),
     ],
 )

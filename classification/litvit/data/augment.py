@@ -152,7 +152,7 @@ class TrainTransform:
         std: Standard deviation per channel.
 
     Raises:
-        InputError: an unknown policy or interpolation.
+        InputError: an unknown policy or interpolation, or a policy of timm for images of 4 channels.
     """
 
     def __init__(
@@ -160,6 +160,8 @@ class TrainTransform:
     ):
         own_augmentation = AUGMENTATIONS.get(config.aa)
         arguments = config.timm_arguments()
+        if config.aa and not own_augmentation and input_size[0] == 4:
+            raise InputError(f"--aa {config.aa} takes grey and RGB images only: --aa '' for --in-chans 4")
         if own_augmentation:
             arguments |= {"auto_augment": None, "color_jitter": None}
         try:

@@ -40,7 +40,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         if self.in_chans not in MODES:
-            raise InputError(f"images have 1, 3 or 4 channels (grey, RGB, RGBA), not --in-chans {self.in_chans}")
+            raise InputError(f"--in-chans {self.in_chans}: images are read with 1 (grey), 3 (RGB) or 4 (RGBA) channels")
 
     @property
     def mode(self) -> str:

@@ -29,14 +29,14 @@ class TokenLabels:
         folder: Folder of the files.
         images: Training images.
         num_classes: Number of classes of the model.
-        size: Number of tokens per side of the model's last map.
+        size: Height and width of the model's last map, in tokens.
 
     Raises:
         InputError: no such folder, labels of other classes, an image without a file of its own, or a first file that is
             not a label map.
     """
 
-    def __init__(self, folder: str, images: Images, num_classes: int, size: int):
+    def __init__(self, folder: str, images: Images, num_classes: int, size: tuple[int, int]):
         self.folder, self.num_classes, self.size = Path(folder), num_classes, size
         self.reader = images.dataset.reader
         self.shape: torch.Size | None = None
@@ -151,16 +151,16 @@ def label_files(images: Images) -> list[str]:
     return list(names)
 
 
-def soft_targets(labels: Labels, num_classes: int, size: int) -> Tensor:
+def soft_targets(labels: Labels, num_classes: int, size: tuple[int, int]) -> Tensor:
     """Soft labels of cropped and flipped images: RoIAlign of the label maps, then softmax over all classes.
 
     Args:
         labels: Labels of a batch.
         num_classes: Number of classes C.
-        size: Number of tokens per side.
+        size: Height and width of the grid of tokens, (h, w).
 
     Returns:
-        (B, 1 + size * size, C): soft labels of the image, and of every token, row by row.
+        (B, 1 + h * w, C): soft labels of the image, and of every token, row by row.
     """
     scores, classes = labels.maps.unbind(1)
     B, _, H, W = scores.shape
@@ -169,6 +169,6 @@ def soft_targets(labels: Labels, num_classes: int, size: int) -> Tensor:
     left, top, right, bottom = labels.boxes.unbind(1)
     images = torch.arange(B, device=left.device)
     boxes = torch.stack([images, left * W, top * H, right * W, bottom * H], 1)
-    whole, tokens = (roi_align(dense, boxes, side, aligned=True) for side in (1, size))  # (B, C, side, side)
+    whole, tokens = (roi_align(dense, boxes, grid, aligned=True) for grid in (1, size))  # (B, C, *grid)
     tokens = torch.where(labels.flipped[:, None, None, None], tokens.flip(-1), tokens)
     return torch.cat([whole.flatten(2), tokens.flatten(2)], 2).transpose(1, 2).softmax(-1)

@@ -66,7 +66,9 @@ class RunConfig:
     max_unreadable: float = setting(0.01, "X", "share of images that may fail to decode")
     seed: int = setting(42, "N", "seed of weights, sample order, augmentation")
     device: str | None = setting(None, "NAME", "cuda, cuda:1, cpu, mps ... (cuda if available)")
-    dry_run: int | None = setting(None, "N", "find wrong input of N processes, show the run, stop", nargs="?", const=1)
+    dry_run: int | None = setting(
+        None, "N", "check input of N processes, a step on blank images; show the run, stop", nargs="?", const=1
+    )
     log_interval: int = setting(50, "N", "steps between log lines")
 
 

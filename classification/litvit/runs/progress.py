@@ -25,7 +25,7 @@ class Progress:
         epoch: Epochs that are trained and validated.
         step: Optimizer steps since the start of the run.
         steps_in_epoch: Optimizer steps of this epoch. After the last one, only validation is left.
-        best_top1: Best validated top-1 accuracy, in percent.
+        best_top1: Best validated top-1 accuracy, in percent; -1 before the first validation that is finite.
         unreadable: Images of this epoch that could not be decoded, of this process.
     """
 

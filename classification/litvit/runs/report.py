@@ -122,18 +122,18 @@ class Report:
             train: Training metrics.
             val: Validation metrics.
             lr: Learning rate of the epoch's last step.
-            best: Best top-1 accuracy so far, in percent.
+            best: Best top-1 accuracy so far, in percent; below 0 for none.
         """
         if not self.primary:
             return
         logger.info(
-            "epoch %d: train loss %.4f, val loss %.4f, top1 %.2f, top5 %.2f, best top1 %.2f",
+            "epoch %d: train loss %.4f, val loss %.4f, top1 %.2f, top5 %.2f, best top1 %s",
             epoch + 1,
             train["loss"],
             val["loss"],
             val["top1"],
             val["top5"],
-            best,
+            f"{best:.2f}" if best >= 0 else "none",
         )
         self._scalars(step, **{f"val_{name}": value for name, value in val.items()})
         with self._logs_never_stop_a_run():

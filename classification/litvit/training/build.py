@@ -12,7 +12,7 @@ from litvit.errors import InputError
 from litvit.processes import Processes, is_primary, start_processes
 from litvit.runs.folder import RunFolder
 from litvit.training.config import Config
-from litvit.training.model import ModelConfig, build_model, data_settings
+from litvit.training.model import ModelConfig, build_model, data_settings, image_size
 from litvit.training.optimizer import create_optim
 from litvit.training.step_guard import StepGuard
 from litvit.training.tasks import create_task, token_grid
@@ -44,7 +44,7 @@ def build_trainer(config: Config) -> Trainer:
 
     labels, token_labels = config.token_labels, None
     if labels.token_label:
-        size = token_grid(model, config.model.model, data_config["input_size"][-1], labels.token_label_size)
+        size = token_grid(model, config.model.model, data_config["input_size"][1:], labels.token_label_size)
         token_labels = TokenLabels(labels.token_label_data, data.train, data.num_classes, size)
     accum_steps = config.optim.grad_accum_steps
     train_batches, val_batches = data.batches(data_config, processes, accum_steps, token_labels)
@@ -78,6 +78,7 @@ def build_trainer(config: Config) -> Trainer:
     )
     if resumed is not None:
         trainer.load_state_dict(resumed)
+    trainer.check_step()
     if precision.torchcompile:
         task.compile(backend=precision.torchcompile)
     if processes.distributed:
@@ -103,6 +104,6 @@ def _describe(
         "classes": classes,
         "in_chans": config.in_chans,
         "exif_transpose": config.exif_transpose,
-        "img_size": data_config["input_size"][-1],
+        "img_size": image_size(data_config["input_size"][1:]),
         **{name: data_config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
     }

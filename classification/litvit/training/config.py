@@ -64,6 +64,8 @@ def _check(settings: argparse.Namespace) -> None:
         low, high = getattr(settings, name)
         if not 0 < low <= high:
             raise InputError(f"--{name} is a low and a high value above 0, not {low} {high}")
+    if settings.smoothing == 1:
+        raise InputError("--smoothing must be below 1: all classes would have the same probability")
     try:
         interval(settings.checkpoint_every)
     except ValueError as error:

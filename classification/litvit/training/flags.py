@@ -96,10 +96,11 @@ FRACTIONS = (
 def check_range(settings: argparse.Namespace, names: Sequence[str], low: float, high: float | None) -> None:
     """Raise InputError for settings outside of [low, high]. Those that are missing or None are not checked."""
     for name in names:
-        value = getattr(settings, name, None)
-        if value is not None and not low <= value <= (high if high is not None else float("inf")):
-            limits = f"between {low} and {high}" if high is not None else f"at least {low}"
-            raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
+        setting = getattr(settings, name, None)
+        for value in setting if isinstance(setting, list | tuple) else (setting,):
+            if value is not None and not low <= value <= (high if high is not None else float("inf")):
+                limits = f"between {low} and {high}" if high is not None else f"at least {low}"
+                raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
 
 
 def parse_with_checkpoint(
@@ -122,7 +123,8 @@ def parse_with_checkpoint(
     flags = {action.dest for action in parser._actions}
     description = read_description(parser.parse_args(argv).checkpoint)
     known = {name: value for name, value in description.items() if name in flags and name != ignored}
-    parser.set_defaults(**known | {"model_kwargs": list(description.get("model_kwargs", {}).items())})
+    kwargs = {name: value for name, value in description.get("model_kwargs", {}).items() if name != "img_size"}
+    parser.set_defaults(**known | {"model_kwargs": list(kwargs.items())})
     settings = parser.parse_args(argv)
     if settings.model is None:
         if settings.checkpoint and not Path(settings.checkpoint).is_file():

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.layers import to_2tuple
 from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
@@ -20,7 +22,27 @@ from litvit.errors import InputError, is_from_user_code
 from litvit.models.backbone import Backbone
 from litvit.settings import setting
 
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+
+
+def image_size(size: int | Sequence[int] | None) -> int | tuple[int, int] | None:
+    """Return an image size as settings and files hold it.
+
+    Args:
+        size: Pixels per side, or height and width.
+
+    Returns:
+        One number for square images, else height and width; None for None.
+
+    Raises:
+        InputError: more than two numbers.
+    """
+    if size is None:
+        return None
+    sides = to_2tuple(size)
+    if len(sides) not in (1, 2):
+        raise InputError(f"--img-size takes one number or two, height and width, not {len(sides)}")
+    return sides[0] if sides[0] == sides[-1] else sides
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -43,7 +65,9 @@ class ModelConfig:
     imports: Sequence[str] = setting(
         (), "MODULE", "modules of your own that register models and the like", "--import", nargs="+"
     )
-    img_size: int | None = setting(None, "N", "pixels per side (the model's own; ours: 224)")
+    img_size: int | Sequence[int] | None = setting(
+        None, "N", "pixels per side, or height and width (the model's own; ours: 224)", nargs="+"
+    )
     in_chans: int = setting(3, "N", "image channels: 1 for grey, 3 for RGB, 4 for RGBA")
     exif_transpose: bool = setting(False, None, "turn photographs upright by their EXIF orientation (off: as stored)")
     model_kwargs: dict[str, Any] = setting({}, "K=V", "further arguments of the model", nargs="*", type=key_value)
@@ -59,10 +83,31 @@ class ModelConfig:
     grad_checkpointing: bool = setting(False, None, "recompute blocks in the backward pass: less memory", training=True)
     sync_bn: bool = setting(False, None, "BatchNorm statistics over all GPUs", training=True)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "img_size", image_size(self.img_size))
+        Decoder(self.in_chans)  # refuses other numbers of channels
+        if "img_size" in self.model_kwargs:
+            raise InputError(
+                f"img_size={self.model_kwargs['img_size']} in --model-kwargs would be the model's size and not that of "
+                "the images: --img-size N, or --img-size HEIGHT WIDTH, is both"
+            )
+
     @property
     def decoder(self) -> Decoder:
         """How files become the model's images."""
         return Decoder(self.in_chans, self.exif_transpose)
+
+    def as_flags(self) -> str:
+        """Name the flags that a model is built with, for a message."""
+        size = (self.img_size,) if isinstance(self.img_size, int) else self.img_size or ()
+        flags = {
+            "img-size": " ".join(map(str, size)),
+            "in-chans": self.in_chans,
+            "drop": self.drop,
+            "drop-path": self.drop_path,
+            "model-kwargs": " ".join(f"{name}={value}" for name, value in self.model_kwargs.items()),
+        }
+        return ", ".join(f"--{name} {value}" for name, value in flags.items() if value)
 
 
 @dataclass(frozen=True)
@@ -77,6 +122,12 @@ class PrecisionConfig:
     model_ema: bool = setting(False, None, "average the weights; validation uses the average", training=True)
     model_ema_decay: float = setting(0.9998, "X", "decay of the average", training=True)
     model_ema_warmup: bool = setting(False, None, "let the decay rise at the start", training=True)
+
+    def __post_init__(self) -> None:
+        if self.torchcompile and self.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+            raise InputError(
+                f"--torchcompile {self.torchcompile}: torch's backends are {', '.join(torch.compiler.list_backends())}"
+            )
 
     def autocast(self, device: torch.device) -> Callable[[], AbstractContextManager]:
         """Return a function that makes the context of a forward pass.
@@ -121,16 +172,13 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     takes_any_size = False
     try:
         model = timm.create_model(config.model, num_classes=num_classes, in_chans=config.in_chans, **kwargs)
-        if isinstance(model, Backbone) and config.img_size and config.img_size < Backbone.total_stride:
-            raise InputError(
-                f"images must have {Backbone.total_stride} pixels or more, not --img-size {config.img_size}"
-            )
         if config.grad_checkpointing and not hasattr(model, "set_grad_checkpointing"):
             raise InputError(f"--grad-checkpointing: {config.model} has no set_grad_checkpointing")
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
-    except TypeError as error:
-        takes_any_size = bool(config.img_size) and "unexpected keyword argument 'img_size'" in str(error)
+    except (TypeError, LookupError, ArithmeticError) as error:
+        unexpected = "unexpected keyword argument" in str(error) and "'img_size'" in str(error)
+        takes_any_size = bool(config.img_size) and unexpected
         if not takes_any_size and is_from_user_code(error):
             raise
         if not takes_any_size:
@@ -138,9 +186,14 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except (ValueError, AssertionError, RuntimeError) as error:
         if is_from_user_code(error):
             raise
-        raise InputError(f"{config.model}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or f"it cannot be built with {config.as_flags()}"
+        raise InputError(f"{config.model}: {reason}") from error
     # Here, so that an error of the second try does not carry the first one's traceback.
-    return build_model(replace(config, img_size=None), num_classes) if takes_any_size else model
+    model = build_model(replace(config, img_size=None), num_classes) if takes_any_size else model
+    stride = Backbone.total_stride
+    if isinstance(model, Backbone) and (least := min(to_2tuple(config.img_size or stride))) < stride:
+        raise InputError(f"images must have {stride} pixels or more per side, not --img-size {least}")
+    return model
 
 
 def data_settings(config: ModelConfig, model: nn.Module) -> dict:
@@ -153,15 +206,19 @@ def data_settings(config: ModelConfig, model: nn.Module) -> dict:
     Raises:
         InputError: a mean or std for other channels, or that no image can be normalised with.
     """
+    size = (config.in_chans, *to_2tuple(config.img_size)) if config.img_size else None
     for name in ("mean", "std"):
         values = getattr(config, name)
         if values is not None and len(values) not in (1, config.in_chans):
             raise InputError(f"--{name} has {len(values)} values, the images {config.in_chans} channels (--in-chans)")
+        if values is not None and not all(map(math.isfinite, values)):
+            raise InputError(f"--{name} must be finite, not {values}")
     if config.std is not None and min(config.std) <= 0:
         raise InputError(f"--std must be positive, not {config.std}")
-    if config.crop_pct is not None and config.crop_pct <= 0:
-        raise InputError(f"--crop-pct must be positive, not {config.crop_pct}")
-    data_config = resolve_data_config(asdict(config), model=model)
+    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
+        raise InputError(f"--crop-pct must be above 0 and at most 1, not {config.crop_pct}")
+    data_config = resolve_data_config({**asdict(config), "input_size": size}, model=model)
+    data_config["input_size"] = (config.in_chans, *data_config["input_size"][-2:])
     for name in ("mean", "std"):
         if len(data_config[name]) != config.in_chans:
             raise InputError(

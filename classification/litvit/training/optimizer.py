@@ -1,7 +1,7 @@
 """Parameter groups, learning rates and schedule of the published recipes, on timm's optimizers and schedulers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,6 +146,25 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
         )
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise InputError(f"--opt {config.opt}: {error}") from error
+
+
+def check_optimizer(config: OptimConfig, device: torch.device) -> None:
+    """Step an optimizer of a small layer.
+
+    Args:
+        config: Optimizer to check.
+        device: Device of the layer.
+
+    Raises:
+        InputError: an optimizer that needs more than gradients, such as adahessian, or another device.
+    """
+    layer = nn.Linear(2, 2, device=device)
+    optimizer = create_optimizer(layer, replace(config, layer_decay=None), lr=1e-3)
+    layer(torch.ones(2, 2, device=device)).sum().backward()
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"--opt {config.opt} cannot step: {' '.join(str(error).split())}") from error
 
 
 def create_optim(

@@ -74,12 +74,13 @@ def _recipe_value(path: Path, action: argparse.Action, value: Any) -> Any:
     if isinstance(value, bool):
         raise InputError(f"{path}: {action.dest} is no on/off setting, not '{value}'")
     many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
-    if isinstance(value, list) != many or (isinstance(action.nargs, int) and len(value) != action.nargs):
+    given = value if isinstance(value, list) else [value]
+    if (isinstance(value, list) and not many) or (isinstance(action.nargs, int) and len(given) != action.nargs):
         raise InputError(f"{path}: {action.dest} takes {'a list of values' if many else 'one value'}, not '{value}'")
     convert = action.type or str
     try:
         # through str, since YAML 1.1 reads 1e-3 as a string and 0.5e1 as a float
-        values = [convert(str(item)) for item in (value if many else [value])]
+        values = [convert(str(item)) for item in given]
     except ValueError as error:
         raise InputError(f"{path}: {action.dest}: '{value}' is not {convert.__name__}") from error
     if action.choices and values[0] not in action.choices:

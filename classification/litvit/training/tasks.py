@@ -28,14 +28,14 @@ class TokenLabelConfig:
     cls_weight: float = setting(1.0, "X", "weight of the class loss")
 
 
-def token_grid(model: nn.Module, name: str, image_size: int, wanted: int | None = None) -> int:
-    """Return the number of tokens per side that a model takes labels for.
+def token_grid(model: nn.Module, name: str, image_size: tuple[int, int], wanted: int | None = None) -> tuple[int, int]:
+    """Return the grid of tokens, height and width, that a model takes labels for.
 
     Args:
         model: Model to train.
         name: Name of the model, for messages.
-        image_size: Pixels per side.
-        wanted: Number that was asked for, if any.
+        image_size: Height and width of the images in pixels.
+        wanted: Number of tokens per side that was asked for, if any.
 
     Raises:
         InputError: a model that cannot be trained with token labels, or whose grid has another size.
@@ -44,14 +44,13 @@ def token_grid(model: nn.Module, name: str, image_size: int, wanted: int | None 
         raise InputError(f"--token-label: {name} cannot mix and score its tokens; lvt can (or --no-token-label)")
     if not model.global_pool:
         raise InputError("--token-label needs a class score of the image: leave global_pool out of --model-kwargs")
-    if image_size % STRIDE:
-        raise InputError(f"--token-label needs an --img-size that is a multiple of {STRIDE}, not {image_size}")
-    size = image_size // STRIDE
-    if wanted not in (None, size):
-        raise InputError(
-            f"--token-label-size {wanted}: {name} has {size} x {size} tokens at {image_size} x {image_size} pixels"
-        )
-    return size
+    for side in image_size:
+        if side % STRIDE:
+            raise InputError(f"--token-label needs an --img-size that is a multiple of {STRIDE}, not {side}")
+    (height, width), (h, w) = image_size, (side // STRIDE for side in image_size)
+    if wanted is not None and (wanted, wanted) != (h, w):
+        raise InputError(f"--token-label-size {wanted}: {name} has {h} x {w} tokens at {height} x {width} pixels")
+    return h, w
 
 
 class TokenLabelTask(ClassificationTask):
@@ -65,9 +64,9 @@ class TokenLabelTask(ClassificationTask):
     where t is the image's soft label and lam the share of the tokens outside of the box.
 
     Args:
-        model: Model whose `model(images, mix_mask)` gives class scores (B, C) and token scores (B, size * size, C), the
-            latter put back to the images that they came from. mix_mask, bool (size, size), is true in the box.
-        size: Number of tokens per side.
+        model: Model whose `model(images, mix_mask)` gives class scores (B, C) and token scores (B, h * w, C), the
+            latter put back to the images that they came from. mix_mask, bool (h, w), is true in the box.
+        size: Height and width of the grid of tokens, (h, w).
         cls_weight: Weight of the loss of the class scores.
         dense_weight: Weight of the loss of the token scores.
         mix_token: Whether boxes are pasted.
@@ -77,7 +76,7 @@ class TokenLabelTask(ClassificationTask):
     def __init__(
         self,
         model: nn.Module,
-        size: int,
+        size: tuple[int, int],
         cls_weight: float = 1.0,
         dense_weight: float = 0.5,
         mix_token: bool = True,
@@ -91,16 +90,17 @@ class TokenLabelTask(ClassificationTask):
 
         Args:
             input: Images (B, 3, H, W).
-            target: Soft labels from `soft_targets`, (B, 1 + size * size, C).
+            target: Soft labels from `soft_targets`, (B, 1 + h * w, C).
 
         Returns:
             The entries loss, cls_loss, dense_loss, and output (the class scores).
         """
         uncovered = np.random.beta(1, 1) if self.mix_token else 1.0
-        top, bottom, left, right = map(int, rand_bbox((self.size, self.size), uncovered))
-        lam = 1 - (bottom - top) * (right - left) / self.size**2
-        position = torch.arange(self.size, device=input.device)
-        mix_mask = ((position >= top) & (position < bottom))[:, None] & (position >= left) & (position < right)
+        h, w = self.size
+        top, bottom, left, right = map(int, rand_bbox(self.size, uncovered))
+        lam = 1 - (bottom - top) * (right - left) / (h * w)
+        row, column = torch.arange(h, device=input.device)[:, None], torch.arange(w, device=input.device)
+        mix_mask = (row >= top) & (row < bottom) & (column >= left) & (column < right)
         class_logits, token_logits = self.trainable_module(input, mix_mask)
         whole = target[:, 0]
         cls_loss = self.criterion(class_logits.float(), lam * whole + (1 - lam) * whole.flip(0))
@@ -114,7 +114,11 @@ class TokenLabelTask(ClassificationTask):
 
 
 def create_task(
-    model: nn.Module, device: torch.device, labels: TokenLabelConfig, size: int | None, smoothing: float | None
+    model: nn.Module,
+    device: torch.device,
+    labels: TokenLabelConfig,
+    size: tuple[int, int] | None,
+    smoothing: float | None,
 ) -> ClassificationTask:
     """Join a model with its loss.
 
@@ -122,7 +126,7 @@ def create_task(
         model: Model to train.
         device: Device of the model.
         labels: Weights of the losses with token labels.
-        size: Number of token labels per side, None to train with classes.
+        size: Height and width of the grid of token labels, None to train with classes.
         smoothing: Label smoothing, None for targets that are soft already.
     """
     if size is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.layers import to_2tuple
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import distribute_bn, get_state_dict, unwrap_model
@@ -18,15 +20,17 @@ from torch import Tensor
 
 from litvit.data.dataset import Fault
 from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches
-from litvit.data.random_streams import Stream, seed_everything
+from litvit.data.random_streams import Stream, random_stream, seed_everything
 from litvit.data.streams import ImageStream
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
+from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
+from litvit.training.optimizer import check_optimizer
 from litvit.training.step_guard import Diverged, StepGuard
 
 logger = logging.getLogger("litvit")
@@ -125,6 +129,41 @@ class Trainer:
         self.scheduler.step(self.progress.epoch)
         self.scheduler.step_update(self.progress.step)
 
+    def check_step(self) -> None:
+        """Classify and train on one or two blank images, as the first step would. The run stays as it is.
+
+        The model must not be compiled yet: it would be compiled for this batch size.
+
+        Raises:
+            InputError: settings that the model or the optimizer cannot take a step with.
+        """
+        config, device, number = self.config, self.processes.device, min(self.config.data.batch_size, 2)
+        size = (config.model.in_chans, *to_2tuple(self.description["img_size"]))
+        num_classes = self.description["num_classes"]
+        model = self.task.get_trainable_module()
+
+        def step(number: int) -> None:
+            token_labels = getattr(self.train_batches, "token_labels", None)
+            target = blank_targets(number, num_classes, token_labels, device)
+            with unchanged(model), wrong_settings("train", config.model, config.precision):
+                model.train()
+                self._forward_backward(Batch(torch.zeros(number, *size, device=device), target, []), 0, True)
+
+        devices = [device] if device.type == "cuda" else []
+        with random_stream(Stream.MICRO_BATCH, config.run.seed), torch.random.fork_rng(devices):
+            check_scores(model, config.model, config.precision, size, num_classes, device)
+            check_optimizer(config.optim, device)
+            try:
+                step(number)
+            except InputError as error:
+                if number > 1:
+                    raise
+                step(2)  # other faults than the batch size
+                raise InputError(
+                    f"{config.model.model} cannot train on one image of {size[1]} x {size[2]} pixels at a time: "
+                    f"--batch-size 2 or more, or a larger --img-size ({' '.join(str(error.__cause__).split())})"
+                ) from error
+
     def run(self) -> int:
         """Train to the last epoch, or until a signal.
 
@@ -159,6 +198,8 @@ class Trainer:
         if status == 0 and primary and not self.saved:
             status = EXIT_INTERRUPTED
             logger.error("the run has ended, but its end is NOT saved: make room in %s and run it again", self.folder)
+        elif status == 0 and self.progress.best_top1 < 0:
+            logger.info("the run has ended: no validation was finite, so %s has no best weights", self.folder)
         elif status == 0:
             logger.info("the run has ended: best top1 %.2f; it is in %s", self.progress.best_top1, self.folder)
         if self.processes.distributed:
@@ -173,8 +214,17 @@ class Trainer:
         loss = self.processes.mean(progress.loss_sum).item() / progress.steps_in_epoch
         progress.end_epoch()
         self._set_learning_rate()
-        best = metrics["top1"] > progress.best_top1
-        progress.best_top1 = max(metrics["top1"], progress.best_top1)
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["top1"])
+        best = finite and metrics["top1"] > progress.best_top1
+        if not finite and self.processes.primary:
+            logger.warning(
+                "epoch %d: not a candidate for the best weights, its validation is not finite (loss %.4f, top1 %.2f)",
+                progress.epoch,
+                metrics["loss"],
+                metrics["top1"],
+            )
+        if best:
+            progress.best_top1 = metrics["top1"]
         if best and self.processes.primary:
             model = self.task.get_eval_model(ema=self.task.has_ema())
             description = {**self.description, "top1": metrics["top1"], "epoch": progress.epoch}
@@ -277,10 +327,12 @@ class Trainer:
         streamed = distributed and isinstance(self.val_batches.dataset, ImageStream)
         after_batch = None if streamed else partial(self.saver.save_or_stop, self.progress, [])
         try:
-            return evaluate(model, self.val_batches, self.processes, self.autocast, after_batch=after_batch)
+            metrics = evaluate(model, self.val_batches, self.processes, self.autocast, after_batch=after_batch)
         except InputError:
             self.saver.save()  # the epoch is trained, and continues with its validation
             raise
+        del metrics["images"]  # the same in every epoch
+        return metrics
 
 
 def log_start(trainer: Trainer) -> None:
@@ -294,8 +346,7 @@ def log_start(trainer: Trainer) -> None:
         config.model.model,
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         trainer.description["num_classes"],
-        trainer.description["img_size"],
-        trainer.description["img_size"],
+        *to_2tuple(trainer.description["img_size"]),
         processes.device if processes.world_size == 1 else f"{processes.world_size} processes",
         config.precision.describe(processes.device),
     )

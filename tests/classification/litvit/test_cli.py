@@ -24,6 +24,21 @@ def test_wrong_input_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: unrecognized arguments: --nothing (x.py --help lists the flags)\n"
 
 
+@pytest.mark.parametrize("line", ["data --size 64 -x", "--size 64 data -x", "--size 64 -x data", "-x data --size 64"])
+def test_a_flag_of_several_numbers_ends_where_they_end(line):
+    parser = cli.ArgumentParser(prog="x.py")
+    parser.add_argument("folder")
+    parser.add_argument("--size", type=int, nargs="+")
+    parser.add_argument("-x", action="store_true")
+    settings = parser.parse_args(line.split())
+    assert (settings.folder, settings.size, settings.x) == ("data", [64], True)
+    assert parser.parse_args(line.replace("64", "64 96").split()).size == [64, 96]
+    with pytest.raises(InputError, match="argument --size: invalid int value: '6.4'"):
+        parser.parse_args(line.replace("64", "6.4").split())
+    with pytest.raises(InputError, match="argument --size: expected at least one argument"):
+        parser.parse_args(["data", "--size"])
+
+
 def test_other_errors_are_not_hidden():
     def main(_):
         raise ValueError("a bug")

@@ -62,9 +62,10 @@ def flags(digits, digit_labels, tmp_path):
 
 
 def batches_of(data, labels, size, *flags, epoch=0):
+    size = (size, size) if isinstance(size, int) else size
     settings = parse_config([str(data), "--model", "resnet18", *map(str, flags)])  # which has no recipe
     images, _, num_classes = open_train_and_val(settings.data)
-    config = {"input_size": (3, 32 * size, 32 * size), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    config = {"input_size": (3, 32 * size[0], 32 * size[1]), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     token_labels = TokenLabels(str(labels), images, num_classes, size) if labels else None
     loader = train_loader(
         images,
@@ -93,6 +94,12 @@ def test_label_maps_follow_crop_and_flip(tmp_path):
     shutil.copy(tmp_path / "train" / "a" / "0.png", tmp_path / "val" / "a")
     flags = "--num-classes 3 -b 36 -j 0 --color-jitter 0 --reprob 0 --train-interpolation bilinear"
     for hflip in (0, 1):
+        wide = batches_of(tmp_path, tmp_path / "labels", (2, 3), *flags.split(), "--hflip", hflip)[0]
+        colours = (wide.images / 2 + 0.5).double()
+        assert colours.shape == (36, 3, 64, 96)
+        tokens = nn.functional.avg_pool2d(colours, 32).flatten(2)
+        expected = torch.cat([tokens.mean(2, keepdim=True), tokens], 2).transpose(1, 2).softmax(-1)
+        assert (wide.target - expected).abs().max() < 0.01
         (batch,) = batches_of(tmp_path, tmp_path / "labels", 2, *flags.split(), "--hflip", hflip)
         colours = (batch.images / 2 + 0.5).double()
         tokens = nn.functional.avg_pool2d(colours, 32).flatten(2)
@@ -137,13 +144,13 @@ def bilinear(image, y, x):
 
 
 def align(image, box, size):
-    """RoIAlign of (H, W) in float64, with as many points a cell as it has pixels."""
+    """RoIAlign of (H, W) to size (h, w) in float64, with as many points a cell as it has pixels."""
     H, W = image.shape
     x1, y1, x2, y2 = np.asarray(box) * (W, H, W, H)
-    height, width = (y2 - y1) / size, (x2 - x1) / size
+    height, width = (y2 - y1) / size[0], (x2 - x1) / size[1]
     points = math.ceil(height), math.ceil(width)
-    cells = np.empty((size, size))
-    for i, j in np.ndindex(size, size):
+    cells = np.empty(size)
+    for i, j in np.ndindex(size):
         values = [
             bilinear(
                 image, y1 + height * (i + (k + 0.5) / points[0]) - 0.5, x1 + width * (j + (m + 0.5) / points[1]) - 0.5
@@ -154,9 +161,10 @@ def align(image, box, size):
     return cells
 
 
-def test_soft_targets_against_float64():
+@pytest.mark.parametrize("size", [(3, 3), (2, 3), (3, 1)])
+def test_soft_targets_against_float64(size):
     rng = np.random.default_rng(1)
-    B, K, H, W, num_classes, size = 4, 3, 6, 9, 7, 3
+    B, K, H, W, num_classes = 4, 3, 6, 9, 7
     classes = rng.permuted(np.tile(np.arange(num_classes), (B, H, W, 1)), axis=-1)[..., :K].transpose(0, 3, 1, 2)
     scores = rng.normal(0, 4, classes.shape)
     corners = np.sort(rng.uniform(0, 1, (B, 2, 2)), axis=1)  # (B, low and high, x and y)
@@ -166,9 +174,9 @@ def test_soft_targets_against_float64():
     for b in range(B):
         dense = np.zeros((num_classes, H, W))
         np.put_along_axis(dense, classes[b], scores[b], axis=0)
-        whole = np.stack([align(image, boxes[b], 1) for image in dense]).reshape(num_classes, 1)
+        whole = np.stack([align(image, boxes[b], (1, 1)) for image in dense]).reshape(num_classes, 1)
         tokens = np.stack([align(image, boxes[b], size) for image in dense])
-        tokens = (tokens[:, :, ::-1] if flipped[b] else tokens).reshape(num_classes, size * size)
+        tokens = (tokens[:, :, ::-1] if flipped[b] else tokens).reshape(num_classes, -1)
         expected = np.exp(np.concatenate([whole, tokens], 1).T)
         expected /= expected.sum(1, keepdims=True)
         assert np.abs(targets[b].double().numpy() - expected).max() < 1e-5
@@ -195,7 +203,7 @@ def test_loss_by_hand():
     class_logits = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
     token_logits = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).log()[:, None].repeat(1, 4, 1)
     model = Fixed(class_logits, token_logits)
-    task = TokenLabelTask(model, 2, cls_weight=2.0, dense_weight=0.5, verbose=False)
+    task = TokenLabelTask(model, (2, 2), cls_weight=2.0, dense_weight=0.5, verbose=False)
     boxes = set()
     for seed in range(20):
         np.random.seed(seed)
@@ -217,7 +225,7 @@ def test_loss_by_hand():
 
 def test_boxes_are_whole_rectangles_of_beta_area():
     model = Fixed(torch.zeros(3, 2), torch.zeros(3, 49, 2))
-    task = TokenLabelTask(model, 7, verbose=False)
+    task = TokenLabelTask(model, (7, 7), verbose=False)
     np.random.seed(0)
     areas = []
     for _ in range(500):
@@ -233,9 +241,23 @@ def test_boxes_are_whole_rectangles_of_beta_area():
     assert 8 < np.mean(areas) < 17
 
 
+def test_boxes_on_a_grid_that_is_not_square():
+    model = Fixed(torch.zeros(2, 2), torch.zeros(2, 2 * 6, 2))
+    task = TokenLabelTask(model, (2, 6), verbose=False)
+    np.random.seed(0)
+    ends = set()
+    for _ in range(200):
+        task(torch.zeros(2, 3, 8, 8), torch.full((2, 13, 2), 0.5))
+        rows, columns = model.mixed.any(1), model.mixed.any(0)
+        assert model.mixed.shape == (2, 6)
+        assert torch.equal(model.mixed, rows[:, None] & columns)
+        ends |= {tuple(place.tolist()) for place in model.mixed.nonzero()}
+    assert ends == set(np.ndindex(2, 6))
+
+
 def test_without_mix_token_no_box_is_pasted():
     model = Fixed(torch.zeros(2, 2), torch.zeros(2, 49, 2))
-    task = TokenLabelTask(model, 7, mix_token=False, verbose=False)
+    task = TokenLabelTask(model, (7, 7), mix_token=False, verbose=False)
     for seed in range(20):
         np.random.seed(seed)
         task(torch.zeros(2, 3, 8, 8), torch.full((2, 50, 2), 0.5))
@@ -298,6 +320,14 @@ def test_two_processes_with_accumulation_and_compilation(flags, tmp_path, run_sc
     assert outcome.status == 0, outcome.err
     assert "4 steps per epoch" in outcome.out
     assert (tmp_path / "run" / "model_best.safetensors").exists()
+
+
+def test_images_that_are_not_square(flags, tmp_path, run_main):
+    outcome = run_main(train, *flags, "--img-size", 64, 96, "--epochs", 1)
+    assert outcome.status == 0, outcome.err
+    assert "10 classes, 64 x 96 images" in outcome.out
+    outcome = run_main(train, *flags, "--img-size", 64, 96, "--token-label-size", 2, "--dry-run", "--experiment", "2")
+    assert outcome.err == "error: --token-label-size 2: lvt has 2 x 3 tokens at 64 x 96 pixels\n"
 
 
 def test_old_commands(flags, run_main):

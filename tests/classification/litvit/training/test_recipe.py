@@ -85,6 +85,43 @@ def test_a_model_without_recipe_gets_the_defaults_of_the_flags():
     assert (config.run.config, config.optim.epochs, config.augment.mixup) == (None, 300, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("line", "flags", "size"),
+    [
+        ("img_size: 64", "", 64),
+        ("img_size: [64, 96]", "", (64, 96)),
+        ("img_size: [64, 64]", "", 64),
+        ("img_size: [64, 96]", "--img-size 32", 32),
+        ("img_size: 64", "--img-size 96 64", (96, 64)),
+    ],
+)
+def test_image_sizes_of_one_number_or_two(tmp_path, line, flags, size):
+    (tmp_path / "sized.yaml").write_text(f"model: lit_s\n{line}\n")
+    config = parse_config(["data", "--config", str(tmp_path / "sized.yaml"), *flags.split()])
+    assert config.model.img_size == size
+    saved = yaml.safe_load(yaml.safe_dump(config.flat()))["img_size"]
+    assert saved == (list(size) if isinstance(size, tuple) else size)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("img_size: [64, 96, 3]", "--img-size takes one number or two, height and width, not 3"),
+        ("img_size: []", "--img-size takes one number or two, height and width, not 0"),
+        ("img_size: [64, 0]", "--img-size must be at least 1, not 0"),
+        ("model_kwargs: {img_size: [64, 96]}", "--img-size N, or --img-size HEIGHT WIDTH, is both"),
+        ("in_chans: 2", "--in-chans 2: images are read with 1 (grey), 3 (RGB) or 4 (RGBA) channels"),
+        ("smoothing: 1.0", "--smoothing must be below 1"),
+        ("torchcompile: nosuch", "--torchcompile nosuch: torch's backends are"),
+    ],
+)
+def test_settings_that_no_run_can_have(tmp_path, line, says):
+    (tmp_path / "wrong.yaml").write_text(f"model: lit_s\n{line}\n")
+    with pytest.raises(InputError) as error:
+        parse_config(["data", "--config", str(tmp_path / "wrong.yaml")])
+    assert says in str(error.value)
+
+
 def test_no_amp_overrides_a_recipe():
     assert parse_config(["data", "--model", "lit_ti", "--no-amp"]).precision.amp is False
 
@@ -104,6 +141,7 @@ def test_every_recipe_reads(path):
         ("epochs: 1.5", "epochs: '1.5' is not int"),
         ("remode: noise", "remode is one of const, rand, pixel"),
         ("model_kwargs: 3", "model_kwargs is a mapping"),
+        ("img_size: large", "img_size: 'large' is not int"),
         ("resume: x", "unknown key 'resume'"),
         ("- a", "holds no `flag: value` lines"),
         ("", "holds no `flag: value` lines"),

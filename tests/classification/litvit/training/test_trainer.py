@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import train
+from safetensors.torch import load_file, save_file
 
 from litvit import cli
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
-from litvit.runs.folder import CHECKPOINT, DIVERGED, PREVIOUS
+from litvit.runs.folder import BEST_WEIGHTS, CHECKPOINT, DIVERGED, PREVIOUS, read_description
 from litvit.training.recipe import parse_config
 
 CLASSIFICATION = Path(train.__file__).parent
@@ -269,6 +270,39 @@ def test_bad_numbers_without_end_stop_the_run_and_leave_the_checkpoint(flags, tm
     assert "a lower --lr" in (tmp_path / "run" / "train.log").read_text()
     for state in (last, diverged):
         assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def best_of(folder):
+    return read_description(folder / BEST_WEIGHTS)
+
+
+@pytest.mark.parametrize("wrong", [{"loss": torch.nan}, {"loss": torch.inf}, {"top1": torch.nan}])
+def test_a_validation_that_is_not_finite_is_not_the_best(flags, tmp_path, wrong):
+    """Of three epochs the second has the highest top-1, and a loss or top-1 that is no number."""
+    trainer = train.build_trainer(parse_config([*flags, "--epochs", "3"]))
+    validate, top1s, losses = trainer.validate, iter([10.0, 99.0, 20.0]), iter([{}, wrong, {}])
+    trainer.validate = lambda: {**validate(), "loss": 2.0, "top1": next(top1s), **next(losses)}
+    assert trainer.run() == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert re.search(r"epoch 2: not a candidate for the best weights, .* not finite \(loss \S+, top1 \S+\)\n", log)
+    assert re.findall(r"best top1 ([\w.]+)", log) == ["10.00", "10.00", "20.00", "20.00"]
+    assert (best_of(tmp_path / "run")["epoch"], best_of(tmp_path / "run")["top1"]) == (3, 20)
+    assert torch.load(tmp_path / "run" / CHECKPOINT)["best_top1"] == 20
+
+
+def test_a_run_that_was_never_finite_has_no_best_weights(flags, tmp_path, tiny_flags, capsys):
+    """Weights whose running statistics are broken: training, on the batch's own, does not see it."""
+    assert run(*flags, "--epochs", 1, "--experiment", "whole") == 0
+    weights = load_file(tmp_path / "whole" / BEST_WEIGHTS)
+    weights["stages.1.downsample.norm.running_mean"].fill_(torch.nan)
+    save_file(weights, tmp_path / "broken.safetensors")
+    capsys.readouterr()
+    assert run(*flags, "--initial-checkpoint", tmp_path / "broken.safetensors") == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"epoch [12]: not a candidate for the best weights, .* not finite \(loss nan", out)) == 2
+    assert len(re.findall(r"epoch [12]: train loss [\d.]+, val loss nan, .* best top1 none\n", out)) == 2
+    assert f"the run has ended: no validation was finite, so {tmp_path / 'run'} has no best weights\n" in out
+    assert not (tmp_path / "run" / BEST_WEIGHTS).exists()
 
 
 def test_an_unreadable_image_is_replaced_and_counted(digits_copy, tmp_path, tiny_flags, capsys):
