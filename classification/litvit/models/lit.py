@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads)
         if self.relative_position_bias_table is None:
             x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
         else:
