@@ -164,7 +164,11 @@ def _without_prefix(weights: dict[str, Tensor], model: nn.Module, path: str | Pa
     left_out = [name for name in weights if not name.startswith(prefix)]
     if left_out:
         _logger.warning(
-            "%s: the model's names follow '%s', %d others are left out (%s ...)", path, prefix, len(left_out), left_out[0]
+            "%s: the model's names follow '%s', left out: %d without it (%s ...)",
+            path,
+            prefix,
+            len(left_out),
+            left_out[0],
         )
     return candidates[prefix]
 
@@ -194,7 +198,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     entries = read_state_dict(path, model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cfg = getattr(model, "pretrained_cfg", {})
-    classifiers = cfg.get("classifier") or "head"
+    classifiers = cfg.get("classifier") or getattr(model, "classifiers", "head")
     classes = keep_own_classifier(entries, before, (classifiers,) if isinstance(classifiers, str) else classifiers)
     channels = adapt_channels(entries, model)
     try:

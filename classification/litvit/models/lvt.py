@@ -329,7 +329,6 @@ class LVT(Backbone):
         self.norm = nn.LayerNorm(dims[-1])
         self.apply(init_linear)
         self.reset_classifier(num_classes)
-        self.to(memory_format=torch.channels_last)  # convolutions' weights and gradients have the maps' layout
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
