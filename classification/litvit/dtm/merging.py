@@ -10,9 +10,9 @@ from litvit.dtm.deform_conv import deform_conv_tokens
 class DeformableTokenMerging(nn.Module):
     """Merge 2 x 2 tokens with learned offsets: DTM(X) = GELU(BatchNorm(DeformConv(X))).
 
-    Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. The norm (BatchNorm), the
-    activation (GELU) and the factor (2) are fixed. Offsets start at 0, where the module is an ordinary strided
-    convolution followed by norm and activation.
+    Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. The activation (GELU) and
+    the factor (2) are fixed. `norm` may be replaced by another norm of (B, C, h, w) maps, and `conv` by one without
+    bias. Offsets start at 0, where the module is an ordinary strided convolution followed by norm and activation.
 
     Train the offsets, the parameters of `self.offset`, at a lower learning rate than the rest, 0.01 times in LIT:
 
