@@ -1,19 +1,60 @@
 """Checkpoints: reading them without running code, and loading them into a model, all of it or nothing."""
 
+import argparse
+import contextlib
+import datetime
 import logging
+import pathlib
 import pickle
 import pickletools
+import re
 import textwrap
+import types
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from timm.models import load_state_dict as timm_load_state_dict
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from litvit.errors import InputError
 
 _logger = logging.getLogger(__name__)
+
+# Where a file may hold weights, first choice first.
+PLACES = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+
+# What others save beside weights, and torch.load(weights_only=True) refuses: classes that hold data and do nothing when
+# they are built. Some come with the names that other versions of NumPy and Python save them under.
+HARMLESS = (
+    argparse.Namespace,
+    types.SimpleNamespace,
+    frozenset,
+    torch.torch_version.TorchVersion,
+    datetime.date,
+    datetime.datetime,
+    datetime.time,
+    datetime.timedelta,
+    datetime.timezone,
+    *(
+        (cls, f"{module}.{cls.__name__.removeprefix('Pure')}")
+        for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
+        for module in ("pathlib", "pathlib._local")
+    ),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SUMm"},
+    *(
+        (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+        for value, name in ((np.empty(0), "_reconstruct"), (np.float64(), "scalar"))
+        for core in ("core", "_core")
+    ),
+)
 
 # Functions that name the model which weights belong to, None if they do not know it. `litvit.models` adds its own.
 identifiers: list[Callable[[dict[str, Tensor]], str | None]] = []
@@ -43,32 +84,93 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
         return read(str(path))
     # A broken file can make the readers raise nearly anything.
     except Exception as error:
-        refused = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
-        if _is_pickle(path) or (isinstance(refused, pickle.UnpicklingError) and "global" in str(refused).lower()):
+        # torch says so of a class or function that is not on its list.
+        text = str(error) if isinstance(error, pickle.UnpicklingError) else ""
+        refused = re.search(r"GLOBAL (\S+)|reduce|allowlisted", text)
+        if refused or _is_pickle(path):
+            held = f" ({refused[1]})" if refused and refused[1] else ""
             raise InputError(
-                f"{path} is a plain pickle or holds code, which was not run: ask for weights alone (.safetensors)"
+                f"{path} is a plain pickle or holds code{held}, which was not run: ask for weights alone (.safetensors)"
             ) from error
         raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
     """Read the weights of a checkpoint without running code in it.
 
     Args:
-        path: File in the .safetensors format, or of torch.save with a state dict, bare or under the first of the keys
-            state_dict_ema, model_ema, state_dict and model that is present.
+        path: File in the .safetensors format, or of torch.save with a state dict, bare or under a key: under the first
+            of PLACES that holds weights, or with `model` under any.
+        model: Model that the weights are for. The names in the file may begin with a prefix, as in a checkpoint of
+            Lightning ("model.") or of a detector ("backbone."). It is the one which makes most of the names those of
+            the model. Weights without it are left out, with a warning.
 
     Returns:
-        Tensors by name, on the CPU, without the prefixes of DistributedDataParallel and torch.compile.
+        Tensors by name, on the CPU, without the prefixes of DistributedDataParallel and torch.compile. With `model`
+        under the model's names where these were published under others.
 
     Raises:
-        InputError: The file is missing, or no checkpoint that can be read safely.
+        InputError: The file is missing, no checkpoint that can be read safely, or holds weights of the model twice.
     """
-    entries = read_checkpoint(path, timm_load_state_dict)
-    weights = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    entries = read_checkpoint(path, _read_entries)
+    places = (_tensors(entries[place]) for place in PLACES if isinstance(entries.get(place), dict))
+    weights = next(filter(None, places), None) or _tensors(entries)
     if not weights:
         raise InputError(f"{path} holds no weights: is it the right file?")
-    return weights
+    own_names = None if model is None else _without_prefix(weights, model, path)
+    return own_names or {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def _read_entries(path: str) -> dict:
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    # Before torch 2.6 a class could not be allowed under another name.
+    allows = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+    with torch.serialization.safe_globals(list(HARMLESS)) if allows else contextlib.nullcontext():
+        entries = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(entries, dict):
+        raise TypeError(type(entries).__name__)
+    return entries
+
+
+def _tensors(entries: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors in a dict of dicts, named by the keys that lead to them, joined by dots."""
+    if isinstance(entries, Tensor):
+        return {prefix.replace("_orig_mod.", ""): entries}
+    tensors = {}
+    for key, value in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(key, str):
+            tensors |= _tensors(value, f"{prefix}.{key}" if prefix else key)
+    return tensors
+
+
+def _without_prefix(weights: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor] | None:
+    """Return weights under the names of a model, see `read_state_dict`. None if the model has none of the names."""
+    own, translate = model.state_dict().keys(), getattr(model, "from_published", dict)
+    held = Counter(prefix for name in weights for prefix in accumulate(re.findall(r"[^.]*\.", name), initial=""))
+    candidates = {
+        prefix: translate({name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)})
+        for prefix, number in held.items()
+        if 2 * number >= len(own)
+    }
+    fits = {prefix: len(own & candidate.keys()) for prefix, candidate in candidates.items()}
+    prefix = max(fits, key=fits.get, default=None)
+    if prefix is None or not fits[prefix]:
+        return None
+    copies = [other for other, number in fits.items() if number == fits[prefix]]
+    if len(copies) > 1 and 2 * fits[prefix] >= len(own):
+        names = " and ".join(f"'{other}'" for other in copies)
+        raise InputError(f"{path} holds the model's weights under {names}: save those that you want alone")
+    left_out = [name for name in weights if not name.startswith(prefix)]
+    if left_out:
+        _logger.warning(
+            "%s: the model's names follow '%s', left out: %d without it (%s ...)",
+            path,
+            prefix,
+            len(left_out),
+            left_out[0],
+        )
+    return candidates[prefix]
 
 
 def _is_pickle(path: Path) -> bool:
@@ -86,32 +188,39 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     Args:
         model: Model of litvit or timm.
         path: Checkpoint file, see `read_state_dict`.
-        new_classifier: Whether to accept a checkpoint for another number of classes. The model then keeps its own
-            classifier.
+        new_classifier: Whether to start from a checkpoint for another number of classes or of image channels. The model
+            then keeps its own classifier, and the weights of its first convolution are adapted as timm does.
 
     Raises:
-        InputError: The checkpoint cannot be read, or is of another model or for other classes. The model is unchanged.
+        InputError: The checkpoint cannot be read, or is of another model, or for other classes or channels. The model
+            is unchanged.
     """
-    entries = read_state_dict(path)
+    entries = read_state_dict(path, model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cfg = getattr(model, "pretrained_cfg", {})
-    classifiers = cfg.get("classifier") or "head"
+    classifiers = cfg.get("classifier") or getattr(model, "classifiers", "head")
     classes = keep_own_classifier(entries, before, (classifiers,) if isinstance(classifiers, str) else classifiers)
+    channels = adapt_channels(entries, model)
     try:
         model.load_state_dict(entries)
     except RuntimeError as error:
         model.load_state_dict(before)
         name = cfg.get("architecture", type(model).__name__)
         raise InputError(f"{path} does not fit {name}: {mismatch(entries, name, error)}") from error
-    if classes and not new_classifier:
-        model.load_state_dict(before)
-        held, wanted = classes
-        raise InputError(
-            f"{path} holds {held} classes, the model has {wanted}: build the model with {held} classes, or start from "
-            "the checkpoint with a new classifier"
-        )
+    for what, differ in (("classes", classes), ("image channels", channels)):
+        if differ and not new_classifier:
+            model.load_state_dict(before)
+            held, wanted = differ
+            raise InputError(
+                f"{path} holds {held} {what}, the model has {wanted}: build the model with {held} {what}, or start a "
+                "training from the checkpoint"
+            )
     if classes:
         _logger.warning("%s holds %d classes, the model has %d: its classifier is new", path, *classes)
+    if channels:
+        _logger.warning(
+            "%s is for %d image channels, the model for %d: its first convolution is adapted", path, *channels
+        )
 
 
 def keep_own_classifier(
@@ -137,6 +246,33 @@ def keep_own_classifier(
         if name in own:
             entries[name] = own[name]
     return held, wanted
+
+
+def adapt_channels(entries: dict[str, Tensor], model: nn.Module) -> tuple[int, int] | None:
+    """Adapt the weights of the convolutions that read the image to the model's image channels, as timm does.
+
+    Args:
+        entries: State dict to load, changed in place.
+        model: Model. Its pretrained_cfg names these convolutions. Without one it is the first.
+
+    Returns:
+        Numbers of image channels of `entries` and of the model if weights were adapted, else None.
+    """
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    first = getattr(model, "pretrained_cfg", {}).get("first_conv", next(iter(convolutions), None)) or ()
+    adapted = None
+    for name in (first,) if isinstance(first, str) else first:
+        weight, conv = entries.get(f"{name}.weight"), convolutions.get(name)
+        if weight is None or conv is None or weight.dim() != 4 or weight.shape[1] == conv.weight.shape[1]:
+            continue
+        # A convolution may read several pixels of the image as channels.
+        wanted = getattr(model, "in_chans", conv.in_channels)
+        held, rest = divmod(weight.shape[1] * conv.groups * wanted, conv.in_channels)
+        if not rest:
+            with contextlib.suppress(NotImplementedError):
+                entries[f"{name}.weight"] = adapt_input_conv(wanted, weight.detach(), base_chans=held)
+                adapted = held, wanted
+    return adapted
 
 
 def mismatch(entries: dict[str, Tensor], name: str, error: RuntimeError) -> str:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litvit.attention.relative import are_static
+
 
 def resize_position_table(table: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize an absolute position table bilinearly, in float32.
@@ -15,7 +17,7 @@ def resize_position_table(table: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         Resized table, (1, *size, C). A table of that size is returned as it is.
     """
-    if tuple(table.shape[1:3]) == tuple(size):
+    if are_static(*size) and tuple(table.shape[1:3]) == tuple(size):
         return table
     with torch.autocast(table.device.type, enabled=False):
         resized = F.interpolate(table.permute(0, 3, 1, 2).float(), size=size, mode="bilinear").permute(0, 2, 3, 1)
@@ -33,7 +35,7 @@ def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
         Resized table, (heads, 2h - 1, 2w - 1). A table of that size is returned as it is.
     """
     size = tuple(2 * side - 1 for side in grid)
-    if tuple(table.shape[1:]) == size:
+    if are_static(*size) and tuple(table.shape[1:]) == size:
         return table
     # Interpolation is linear and works on one axis at a time. As two matrix products its gradient needs no atomic
     # additions, which deterministic mode refuses. The matrices are interpolated identity matrices.

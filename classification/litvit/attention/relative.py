@@ -75,7 +75,7 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     h, w = grid
     # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
-    if torch.compiler.is_compiling() and not (_is_static(h) and _is_static(w)):
+    if not are_static(h, w):
         # unfold would make the sizes constants, with one graph for each. The gradient of these windows is slower.
         table = table.contiguous()
         rows, columns = table.stride()[1:]
@@ -120,10 +120,12 @@ def _kernels_take(qkv: Tensor) -> bool:
     return interprets_triton(qkv.device) or runs_triton(qkv.device)
 
 
-def _is_static(size: int | torch.SymInt) -> bool:
-    """Return whether the graph that torch.compile is making is for this size alone."""
+def are_static(*sizes: int | torch.SymInt) -> bool:
+    """Return whether there is no graph being made, by torch.compile or torch.export, that is for other sizes too."""
+    if not torch.compiler.is_compiling():
+        return True
     try:
         from torch.fx.experimental.symbolic_shapes import has_static_value
     except ImportError:  # in older torch
         return False
-    return has_static_value(size)
+    return all(has_static_value(size) for size in sizes)

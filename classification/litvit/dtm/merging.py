@@ -10,9 +10,9 @@ from litvit.dtm.deform_conv import deform_conv_tokens
 class DeformableTokenMerging(nn.Module):
     """Merge 2 x 2 tokens with learned offsets: DTM(X) = GELU(BatchNorm(DeformConv(X))).
 
-    Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. The norm (BatchNorm), the
-    activation (GELU) and the factor (2) are fixed. Offsets start at 0, where the module is an ordinary strided
-    convolution followed by norm and activation.
+    Takes channels-last tokens, so it fits between the stages of any hierarchical transformer. The activation (GELU) and
+    the factor (2) are fixed. `norm` may be replaced by another norm of (B, C, h, w) maps, and `conv` by one without
+    bias. Offsets start at 0, where the module is an ordinary strided convolution followed by norm and activation.
 
     Train the offsets, the parameters of `self.offset`, at a lower learning rate than the rest, 0.01 times in LIT:
 
@@ -53,7 +53,7 @@ class DeformableTokenMerging(nn.Module):
             raise ValueError(f"the map must have 2 x 2 tokens or more, got {x.shape[1]} x {x.shape[2]}")
         # Seen as (B, C, H, W) in torch's channels_last memory format, tokens need no copy.
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if type(self.norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not self.norm.training:
+        if self._norm_is_fixed():
             merged = deform_conv_tokens(x, offset, *self._normalised_conv())
         else:
             merged = deform_conv_tokens(x, offset, self.conv.weight, self.conv.bias)
@@ -61,13 +61,24 @@ class DeformableTokenMerging(nn.Module):
         merged = F.gelu(merged)
         return (merged, offset) if return_offset else merged
 
+    def _norm_is_fixed(self) -> bool:
+        """Return whether the norm is a BatchNorm that takes its running statistics, and not those of the batch."""
+        norm = self.norm
+        is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        return is_batch_norm and not norm.training and norm.running_mean is not None
+
     def _normalised_conv(self) -> tuple[Tensor, Tensor]:
         """Fold the norm's running statistics, scale and shift into weight and bias of the convolution."""
         weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
         wide = torch.promote_types(weight.dtype, torch.float32)
-        scale = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
-        shift = (bias - norm.running_mean) * scale + norm.bias
-        return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(bias.dtype)
+        scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = norm.weight.to(wide) * scale
+        shift = -norm.running_mean if bias is None else bias - norm.running_mean
+        shift = shift * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias
+        return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
 
 
 def offset_parameters(model: nn.Module) -> list[nn.Parameter]:

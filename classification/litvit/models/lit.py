@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads)
         if self.relative_position_bias_table is None:
             x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
         else:
@@ -289,9 +289,9 @@ class LIT(Backbone):
                 side = math.isqrt(value.shape[1])
                 if value.shape[1] == side * side + 1:
                     own["cls_pos_embed"], value = value[:, :1], value[:, 1:]
-                value = value.unflatten(1, (side, -1))
+                value = _as_square(value)
             elif name.endswith("relative_position_bias_table") and value.dim() == 2:
-                value = value.t().unflatten(1, (math.isqrt(value.shape[0]), -1))
+                value = _as_square(value.t())
             own[name] = value
         return own
 
@@ -356,6 +356,12 @@ class LIT(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """Classify images of `img_size`: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _as_square(table: Tensor) -> Tensor:
+    """Split the second axis into the rows and columns of a square. Tables of other models may not be square."""
+    side = math.isqrt(table.shape[1])
+    return table.unflatten(1, (side, side)) if table.shape[1] == side * side else table
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:

@@ -68,11 +68,12 @@ class ConvolutionalSelfAttention(nn.Module):
         B, H, W, C = x.shape
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)
         h, w = pooled.shape[1:3]
-        M = B * h * w
-        attn = (self.attn(pooled) * self.scale).view(M * self.num_heads, 9, 9).softmax(1).transpose(1, 2)
-        v = _unfold(x, h, w).view(9, M, C) @ self.v.transpose(1, 2)
-        mixed = attn @ v.view(9, M * self.num_heads, -1).transpose(0, 1)
-        return self.proj(_fold(mixed.view(B, h, w, self.num_heads, 3, 3, -1), (H, W)))
+        M, heads, c = B * h * w, self.num_heads, C // self.num_heads
+        attn = (self.attn(pooled) * self.scale).view(M * heads, 9, 9).softmax(1).transpose(1, 2)
+        # Flat in between, or torch.export would compare strides that depend on B, with a guard on it.
+        v = _unfold(x, h, w).flatten().view(9, M, C) @ self.v.transpose(1, 2)
+        mixed = attn @ v.view(9, M * heads, c).transpose(0, 1)
+        return self.proj(_fold(mixed.view(B, h, w, heads, 3, 3, c), (H, W)))
 
 
 # Along each axis, patch i of 3 tokens at stride 2 starts at token 2i - 1. Its middle is an even token, which no other
@@ -139,10 +140,12 @@ class RecursiveAtrousSelfAttention(nn.Module):
         scales = [
             F.silu(F.conv2d(q, self.atrous.weight, padding=rate, dilation=rate, groups=C)) for rate in self.atrous_rates
         ]
-        q = sum(scales[1:], start=scales[0]).permute(0, 2, 3, 1).reshape(B, H * W, self.num_heads, -1).transpose(1, 2)
+        heads, c = self.num_heads, C // self.num_heads
+        q = sum(scales[1:], start=scales[0]).permute(0, 2, 3, 1).reshape(B, H * W, heads, c).transpose(1, 2)
         if self.reduce is not None:
             x = self.norm(_conv(self.reduce, x))
-        k, v = self.kv(x).reshape(B, -1, 2, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        h, w = x.shape[1:3]
+        k, v = self.kv(x).reshape(B, h * w, 2, heads, c).permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
@@ -221,8 +224,9 @@ class ClassAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
-        q = self.q(x[:, :1]).view(B, 1, self.num_heads, -1).transpose(1, 2)
-        k, v = self.kv(x).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        heads, c = self.num_heads, C // self.num_heads
+        q = self.q(x[:, :1]).view(B, 1, heads, c).transpose(1, 2)
+        k, v = self.kv(x).view(B, N, 2, heads, c).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, 1, C))
 
 
@@ -325,7 +329,6 @@ class LVT(Backbone):
         self.norm = nn.LayerNorm(dims[-1])
         self.apply(init_linear)
         self.reset_classifier(num_classes)
-        self.to(memory_format=torch.channels_last)  # convolutions' weights and gradients have the maps' layout
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -106,8 +106,8 @@ class MMBackbone(BaseModule):
             super().init_weights()
             return
         checkpoint = self.init_cfg["checkpoint"]
-        entries = read_state_dict(fetch(checkpoint))
         prefix = self.init_cfg.get("prefix", "")
+        entries = read_state_dict(fetch(checkpoint), None if prefix else self.model)
         entries = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
         error = load_or_explain(self.model, entries, self.arch)
         if error:

@@ -100,6 +100,13 @@ def test_half_precision_with_gradients(dtype, table_dtype):
 
 
 @on_kernels
+def test_no_images():
+    out, *gradients = _run([x.to(DEVICE) for x in _tensors((3, 4), batch=0, heads=2)], (3, 4))
+    assert out.shape == (0, 12, 2, 16)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@on_kernels
 def test_large_scores_in_any_memory_layout():
     # Scores of some hundreds, of which exponentials overflow, far below zero where there are no keys to be seen.
     generator = torch.Generator().manual_seed(0)

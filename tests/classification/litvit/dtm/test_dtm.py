@@ -1,8 +1,11 @@
 """Deformable token merging beside nn.Conv2d and torchvision's op."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torchvision.ops import deform_conv2d
 
 from litvit.dtm import DeformableTokenMerging, deform_conv_tokens, offset_parameters
@@ -199,11 +202,34 @@ def test_eval_in_bfloat16_is_near_float64():
     assert (tokens.double() - expected).norm() < 0.01 * expected.norm()
 
 
-def test_another_norm_can_take_the_place_of_batch_norm():
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        torch.nn.BatchNorm2d(10),
+        torch.nn.BatchNorm2d(10, affine=False),
+        torch.nn.BatchNorm2d(10, track_running_stats=False),
+        torch.nn.BatchNorm2d(10, affine=False, track_running_stats=False),
+        torch.nn.SyncBatchNorm(10, affine=False),
+        torch.nn.GroupNorm(2, 10),
+        LayerNorm2d(10),
+        torch.nn.Identity(),
+    ],
+    ids=lambda norm: str(norm).partition(", eps")[0],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+def test_eval_equals_the_composition_with_other_norms_and_without_bias(norm, bias, dtype, tolerance):
     merge = _trained_module(torch.float64)
-    merge.norm = torch.nn.GroupNorm(2, 10).double()
-    x = torch.randn(2, 4, 4, 6, dtype=torch.float64)
-    torch.testing.assert_close(merge(x), merge.train()(x))
+    merge.norm, merge.conv = copy.deepcopy(norm).double().eval(), torch.nn.Conv2d(6, 10, 2, 2, bias=bias).double()
+    if getattr(merge.norm, "running_mean", None) is not None:
+        torch.nn.init.normal_(merge.norm.running_mean)
+    x = torch.randn(2, 8, 8, 6, dtype=torch.float64)
+    offset = merge.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    merged = _torchvision(x, offset, merge.conv.weight, merge.conv.bias)
+    expected = F.gelu(merge.norm(merged.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    tokens = merge.to(dtype)(x.to(dtype))
+    assert tokens.dtype == dtype
+    assert (tokens.double() - expected).norm() < tolerance * expected.norm()
 
 
 def test_module_converts_to_synchronised_batch_norm():

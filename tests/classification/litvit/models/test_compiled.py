@@ -67,6 +67,28 @@ def test_traced_and_exported(name):
         torch.testing.assert_close(run(other), model(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kwargs", [{"num_classes": 5}, {"features_only": True}])
+@pytest.mark.parametrize("name", SMALL)
+def test_exported_for_any_number_of_images(name, kwargs):
+    model = small(name, **kwargs).eval()
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (images(64, 64),), dynamic_shapes=dynamic).module()
+    for batch in (0, 1, 5):
+        x = images(64, 64, batch=batch)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s"])
+def test_dense_lit_exported_at_the_size_of_its_tables_takes_others(name):
+    model = small(name, features_only=True, out_indices=(0, 1, 2)).eval()
+    dynamic = {"x": {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    with torch.no_grad():
+        exported = torch.export.export(model, (images(64, 64),), dynamic_shapes=dynamic).module()
+        for size in ((64, 64), (70, 101), (160, 96)):
+            x = images(*size, batch=3)
+            torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_one_graph_with_mixed_tokens():
     model, mixed = small("lvt", num_classes=5).eval(), torch.tensor([[False, False], [False, True]])
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -77,7 +77,9 @@ def test_imagenet_weights_load_and_norms_of_the_maps_keep_their_initial_values(p
     classifier = timm.create_model("lit_s")
     classifier.load_state_dict(published("lit_s"))
     save_file(classifier.state_dict(), tmp_path / "own.safetensors")
-    for file in ("lit_s.pth", "own.safetensors"):
+    lightning = {f"model.{name}": value for name, value in classifier.state_dict().items()}
+    torch.save({"state_dict": lightning | {"loss.weight": torch.ones(3)}}, tmp_path / "lightning.ckpt")
+    for file in ("lit_s.pth", "lightning.ckpt", "own.safetensors"):
         init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / file)}
         backbone = MODELS.build({**DENSE["lit_s_dense"], "img_size": 256, "init_cfg": init_cfg})
         backbone.init_weights()
