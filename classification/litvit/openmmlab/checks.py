@@ -352,13 +352,14 @@ class _LabelCheck:
             raise SampleError(f"{file} is {sides[0]} pixels high x wide, its image {results['img_path']} {sides[1]}")
         first, last = int(self.zero_label), self.zero_label + self.classes - 1
         is_void = (labels == self.ignored) | (labels == VOID_LABEL)
-        wrong = labels[(labels >= self.classes) & ~is_void].astype(int) + first
+        cut_off = []  # labels of more than 8 bits, to which mmseg has cut them
         with suppress(OSError), Image.open(file) as image:  # reads the header; a file in a remote store is not checked
-            if image.mode[0] in "IF":  # more than 8 bits, to which mmseg has cut the labels
+            if image.mode[0] in "IF":
                 pixels = np.asarray(image)
-                cut = (pixels < 0) | (pixels > 255)
-                is_void |= cut & (pixels == self.ignored)
-                wrong = np.append(pixels[cut & ~is_void], wrong)
+                wide = (pixels < 0) | (pixels > 255)
+                is_void = np.where(wide, pixels == self.ignored, is_void)
+                cut_off = pixels[wide & ~is_void]
+        wrong = np.append(cut_off, labels[(labels >= self.classes) & ~is_void].astype(int) + first).astype(int)
         if wrong.size:
             raise SampleError(
                 f"{file} has label {wrong[0]}, but the classes are {first} to {last}: "
