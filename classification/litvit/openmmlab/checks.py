@@ -26,8 +26,8 @@ VOID_LABEL = 255
 # Attributes of heads, losses, preprocessors, pipeline steps and metrics that hold the label of void pixels.
 _VOID_SETTINGS = ("ignore_index", "seg_pad_val", "seg_pad_value")
 
-# Number of label files that are looked at before a training.
-SAMPLED_LABELS = 500
+# Number of label files, or of images' headers, that are looked at before a training.
+SAMPLED_FILES = 500
 
 
 def check_data_settings(dataset: dict) -> None:
@@ -231,7 +231,7 @@ def check_metric(metric: Any, dataset: Any) -> None:
 
 
 def sample_labels(datasets: Sequence[Any], tell: bool) -> None:
-    """Look at label files of mmseg's data sets, as many as `SAMPLED_LABELS`, and at no more once all classes are seen.
+    """Look at label files of mmseg's data sets, as many as `SAMPLED_FILES`, and at no more once all classes are seen.
 
     Args:
         datasets: Data sets with the same classes, that `check_annotations` has checked.
@@ -243,7 +243,7 @@ def sample_labels(datasets: Sequence[Any], tell: bool) -> None:
     total, looked_at = sum(map(len, datasets)), 0
     absent = set(range(len(datasets[0].metainfo["classes"])))
     samples = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
-    for position in np.linspace(0, total - 1, min(total, SAMPLED_LABELS)).astype(int):
+    for position in np.linspace(0, total - 1, min(total, SAMPLED_FILES)).astype(int):
         dataset, i = samples[position]
         parts = dataset.pipeline.transforms
         at = next((k for k, step in enumerate(parts) if isinstance(step, _LabelCheck)), None)
@@ -297,6 +297,16 @@ def check_files(pipeline: Compose, ann_file: str = "") -> None:
             check_files(part, ann_file)
 
 
+def wrong_size(file: str, found: Sequence[int], stated: Sequence[int], ann_file: str, image_id: Any) -> InputError:
+    """Return the error for a file of `found` (height, width), of which its annotation file says `stated`."""
+    sides = (" x ".join(map(str, shape)) for shape in (found, stated))
+    return InputError(
+        "{} is {} pixels high x wide, but {} in {}: correct 'height' and 'width' of image {} there".format(
+            file, *sides, ann_file, image_id
+        )
+    )
+
+
 class _Loading:
     """Step of a pipeline that loads an image or its annotation."""
 
@@ -318,12 +328,9 @@ class _Loading:
             reason = str(error) if isinstance(error, InputError) else one_line(error)
             raise SampleError(f"{file} cannot be read: {reason}") from error
         if not self.annotation and None not in stated and stated != tuple(results["ori_shape"][:2]):
-            sides = (" x ".join(map(str, shape)) for shape in (results["ori_shape"][:2], stated))
-            raise SampleError(
-                "{} is {} pixels high x wide, but {} in {}: correct 'height' and 'width' of image {} there".format(
-                    results["img_path"], *sides, self.ann_file, results.get("img_id")
-                )
-            )
+            found = tuple(results["ori_shape"][:2])
+            error = wrong_size(results["img_path"], found, stated, self.ann_file, results.get("img_id"))
+            raise SampleError(str(error))
         return results
 
 

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from json import JSONDecodeError
 
 import numpy as np
@@ -17,10 +18,11 @@ from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmdet.datasets.api_wrappers import COCO, COCOeval, COCOPanoptic
 from mmdet.evaluation.metrics import coco_metric
 from mmengine.logging import print_log
+from PIL import ExifTags, Image
 
 from litvit.errors import InputError
 from litvit.openmmlab import annotations
-from litvit.openmmlab.checks import VOID_LABEL, first_missing, is_local, steps
+from litvit.openmmlab.checks import SAMPLED_FILES, VOID_LABEL, first_missing, is_local, steps, wrong_size
 
 
 class _File:
@@ -182,6 +184,18 @@ def _check_images(dataset: CocoDataset, coco: _File, used: set) -> None:
                     f"no file at {os.path.join(folder, images[i][key])}, which {coco.name} names in '{entry}' (image "
                     f"{images[i]['id']}): put it there, or set the data set's data_root and data_prefix"
                 )
+            for i in np.linspace(0, len(images) - 1, min(len(images), SAMPLED_FILES)).astype(int):
+                _check_size(os.path.join(folder, images[i][key]), images[i], coco.name)
+
+
+def _check_size(file: str, image: dict, ann_file: str) -> None:
+    """Check the size in a file's header. What the header leaves open is checked when the file is read."""
+    with suppress(OSError), Image.open(file) as opened:
+        sizes = {opened.size}
+        if opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned, unless the pipeline ignores it
+            sizes.add(opened.size[::-1])
+        if (image["width"], image["height"]) not in sizes:
+            raise wrong_size(file, opened.size[::-1], (image["height"], image["width"]), ann_file, image["id"])
 
 
 _mmdet_parse_panoptic = CocoPanopticDataset.parse_data_info

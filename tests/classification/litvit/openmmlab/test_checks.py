@@ -160,7 +160,7 @@ def test_classes_without_a_pixel_are_told(tmp_path, caplog, monkeypatch, request
         told((0,), (0,), reduce_zero_label=True)
     with pytest.raises(InputError, match="1.png has label 4, but the classes are 0 to 2"):
         told((0,), (4,))
-    monkeypatch.setattr("litvit.openmmlab.checks.SAMPLED_LABELS", 2)
+    monkeypatch.setattr("litvit.openmmlab.checks.SAMPLED_FILES", 2)
     assert "no pixel of 2 label files, a sample of 3, is of 1 of the 3 classes: b" in told((0,), (1,), (2,))
 
 

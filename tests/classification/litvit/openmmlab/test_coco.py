@@ -134,7 +134,7 @@ def test_missing_images(coco):
     with pytest.raises(InputError, match="no file at .*val2017/000000000002.jpg, which .* names in 'images'"):
         instances(coco)
     (coco / "annotations/panoptic_val2017/000000000003.png").unlink()
-    (coco / "val2017/000000000002.jpg").touch()
+    shutil.copy(coco / "val2017/000000000001.jpg", coco / "val2017/000000000002.jpg")
     with pytest.raises(InputError, match=r"no file at .*000000000003.png, which .* names in 'annotations' \(image 3\)"):
         panoptic(coco)
 
@@ -194,15 +194,35 @@ def test_panoptic_classes_are_things_then_stuff(scenes):
 )
 def test_png_files_that_do_not_fit(spoil, message, coco):
     file = coco / "annotations/panoptic_val2017/000000000001.png"
+    dataset = panoptic(coco)
     spoil(Image.open(file)).save(file)
     with pytest.raises(InputError, match=message):
-        panoptic(coco)[0]
+        dataset[0]
+    if "48 x 64" in message:
+        with pytest.raises(InputError, match="000000000001.png is 48 x 64 pixels high x wide, but 96 x 128 in"):
+            panoptic(coco)
 
 
-def test_an_image_of_another_size_than_the_file_says(coco):
-    edit(coco, "instances", lambda content: content["images"][0].update(width=96, height=128))
+def test_an_image_of_another_size_than_the_file_says(coco, monkeypatch):
+    """Found at the start by the header, if the image is one of those that are looked at, and else when it is read."""
+    edit(coco, "instances", lambda content: content["images"][1].update(width=96, height=128))
+    message = "000000000002.jpg is 96 x 128 pixels high x wide, but 128 x 96 in .*json: correct .* of image 2 there"
+    with pytest.raises(InputError, match=message):
+        instances(coco)
+    monkeypatch.setattr("litvit.openmmlab.coco.SAMPLED_FILES", 1)
     dataset = instances(coco, pipeline=[{"type": "LoadImageFromFile"}])
     check_files(dataset.pipeline, dataset.ann_file)
-    with pytest.raises(SampleError, match="000000000001.jpg is 96 x 128 pixels high x wide, but 128 x 96 in .*json"):
-        dataset[0]
-    assert dataset[1]["img"].shape == (96, 128, 3)
+    with pytest.raises(SampleError, match=message):
+        dataset[1]
+    assert dataset[0]["img"].shape == (96, 128, 3)
+
+
+def test_an_image_that_its_tag_turns(coco):
+    file = coco / "val2017/000000000001.jpg"
+    image = Image.open(file)
+    tags = image.getexif()
+    tags[0x112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(file, exif=tags)
+    dataset = instances(coco, pipeline=[{"type": "LoadImageFromFile"}])
+    check_files(dataset.pipeline, dataset.ann_file)
+    assert dataset[0]["img"].shape == (96, 128, 3)
