@@ -122,6 +122,7 @@ def check_panoptic(content: Any, file: str) -> list[str]:
         InputError: The file is no COCO panoptic file, or an entry lacks a key or has a wrong value.
     """
     categories = _check_categories(content, file)
+    content.setdefault("annotations", [])  # COCO's test set has none
     _values(_entries(content, "annotations", file), "segments_info", file, "annotations", (list,))
     images = _check_images(content, file) if "images" in content else None
     known = {image["id"]: image for image in images} if images is not None else None

@@ -79,7 +79,6 @@ class PanopticFile(_File, COCOPanoptic):
     """Interface to a panoptic annotation file, see `InstancesFile`."""
 
     def createIndex(self) -> None:  # noqa: N802
-        self.dataset.setdefault("annotations", [])  # COCO's test set has none
         self.dataset.setdefault("images", [])
         self.notices = annotations.check_panoptic(self.dataset, self.name)
         annotations.check_segment_boxes(self.dataset, self.name)

@@ -172,11 +172,16 @@ def test_wrong_coco_files(coco):
     with pytest.raises(InputError, match="cannot read .*nowhere.json': No such file"):
         CocoPanoptic(coco / "nowhere.json", coco)
     for name, text, message in (
-        ("instances.json", '{"categories": [{"id": 1, "name": "cat"}]}', "is no COCO annotation file: .*'annotations'"),
+        ("list.json", "[]", "is no COCO annotation file: it has no list 'categories'"),
+        (
+            "instances.json",
+            '{"categories": [{"id": 1, "name": "cat"}], "annotations": [{"id": 1, "image_id": 1}]}',
+            r": annotations\[0\] \(id 1\) has no 'segments_info'",
+        ),
         ("broken.json", "{", "is not JSON, or cut off"),
     ):
         (coco / name).write_text(text)
-        with pytest.raises(InputError, match=f"{name}'? {message}"):
+        with pytest.raises(InputError, match=f"{name}'? ?{message}"):
             CocoPanoptic(coco / name, coco)
     truth = CocoPanoptic(coco / "truth.json", coco)
     with pytest.raises(InputError, match="has no image 6"):
