@@ -144,12 +144,12 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
         (
             "train",
             ["{config}", "--cfg-options", "train_dataloader.dataset.ann_file={list_of_nothing}"],
-            "list.json: AssertionError: annotation",
+            "list.json is no COCO annotation file: annotation file format <class 'list'>",
         ),
         (
             "test",
             ["{config}", "{checkpoint}", "--cfg-options", "test_evaluator.ann_file={list_of_nothing}"],
-            "list.json: AssertionError: annotation file format <class 'list'> not supported",
+            "list.json is no COCO annotation file: annotation file format <class 'list'>",
         ),
         ("test", ["{config}", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         ("train", ["{config}", "--cfg-options", "model.backbone.arch=lit_x"], "unknown arch 'lit_x'"),
@@ -161,12 +161,22 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
         (
             "train",
             ["{config}", "--cfg-options", "val_dataloader.dataset.metainfo.classes=('cat','dog')"],
-            "has 0 of the config's 2 classes (cat, dog ...)",
+            "instances_val2017.json has no class cat, dog: its classes are 0, 1, 2",
         ),
         (
             "train",
             ["{config}", "--cfg-options", "train_dataloader.dataset.metainfo.classes=('cat','dog')"],
-            "no image has an object of the config's classes",
+            "instances_train2017.json has no class cat, dog: its classes are 0, 1, 2",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "val_dataloader.dataset.metainfo.classes=cat"],
+            "metainfo.classes is the text 'cat', not a tuple of names: a tuple of one name has a comma",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "val_evaluator.ann_file={other_images}"],
+            "other.json has no image 1, but ",
         ),
         ("train", ["{retinanet}"], "no ImageNet weights at pretrained/lit_ti.pth"),
         (
@@ -209,12 +219,19 @@ def test_wrong_input_is_one_line(tool, arguments, message, config, trained, tmp_
         "checkpoint": trained / "epoch_1.pth",
         "list": tmp_path / "list.pth",
         "list_of_nothing": tmp_path / "list.json",
+        "other_images": tmp_path / "other.json",
         "syntax": tmp_path / "syntax.py",
         "retinanet": DETECTION / "configs/lit/retinanet_lit_ti_fpn_1x_coco.py",
     }
     torch.save([torch.zeros(1)], names["list"])
     names["syntax"].write_text("model = dict(")
     names["list_of_nothing"].write_text("[]")
+    truth = json.loads((config.parent / "coco/annotations/instances_val2017.json").read_text())
+    for entry in (*truth["images"], *truth["annotations"]):
+        entry["id"] += 100
+        if "image_id" in entry:
+            entry["image_id"] += 100
+    names["other_images"].write_text(json.dumps(truth))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *(argument.format(**names) for argument in arguments)])
     with pytest.raises(InputError, match=re.escape(message)) as caught:

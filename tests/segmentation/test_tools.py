@@ -283,6 +283,26 @@ def test_test_time_augmentation(published, shapes, tmp_path, monkeypatch):
         ),
         (
             "train",
+            ["{config}", "--cfg-options", "val_dataloader.dataset.metainfo.classes=water"],
+            "metainfo.classes is the text 'water', not a tuple of names",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "train_dataloader.dataset.metainfo.palette=255,0,0"],
+            "metainfo.palette is [255, 0, 0], not a list of colours",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "model.decode_head.ignore_index=3"],
+            "decode_head.ignore_index is 3, but the data set's label of void pixels is 255",
+        ),
+        (
+            "train",
+            ["{config}", "--cfg-options", "val_evaluator.ignore_index=3"],
+            "IoUMetric.ignore_index is 3, but the data set's label of void pixels is 255",
+        ),
+        (
+            "train",
             ["{lit_ti}", "--cfg-options", "model.backbone.init_cfg=None"],
             "no data at data/ade/ADEChallengeData2016/images/training",
         ),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import detection
 
 from litvit.errors import InputError
+from litvit.openmmlab.annotations import check_panoptic
 
 # A category id that no data set has: pixels of it are void.
 VOID = -1
@@ -25,6 +26,9 @@ class PanopticQuality(detection.PanopticQuality):
     - Two segments of one category match if IoU > 0.5; pixels that are void in the ground truth are not in the union.
     - An unmatched segment of the ground truth is a false negative, except a crowd, which never matches.
     - An unmatched prediction is a false positive, unless more than half of it is void or crowd of its category.
+
+    An image may hold several crowds of one category. All of them count here. COCO's scorer, panopticapi, keeps one
+    crowd per category and image, the file's last, so that a prediction on another crowd is a false positive there.
 
     Args:
         things: Category ids of things.
@@ -105,7 +109,7 @@ class PanopticQuality(detection.PanopticQuality):
 class CocoPanoptic:
     """Ground truth in COCO's panoptic layout.
 
-    `categories` maps names to category ids in the file's order; `things` and `stuffs` are sets of ids.
+    `categories` is the file's list of categories. `images` holds the annotation of each image id.
 
     Args:
         ann_file: JSON file, such as annotations/panoptic_val2017.json.
@@ -119,19 +123,13 @@ class CocoPanoptic:
         self.ann_file, self.folder = ann_file, Path(folder)
         try:
             content = json.loads(Path(ann_file).read_text())
-            self.categories = {category["name"]: category["id"] for category in content["categories"]}
-            self.things = {category["id"] for category in content["categories"] if category["isthing"]}
-            self.stuffs = set(self.categories.values()) - self.things
-            self._images = {
-                image["image_id"]: (image["file_name"], {part["id"]: part for part in image["segments_info"]})
-                for image in content["annotations"]
-            }
         except OSError as error:
             raise InputError(f"cannot read '{ann_file}': {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"'{ann_file}' is no COCO panoptic file ({error}): name one like annotations/panoptic_val2017.json"
-            ) from error
+        except ValueError as error:
+            raise InputError(f"'{ann_file}' is not JSON, or cut off: {error}") from error
+        check_panoptic(content, str(ann_file))
+        self.categories = content["categories"]
+        self.images = {annotation["image_id"]: annotation for annotation in content["annotations"]}
 
     def target(self, image_id: int) -> tuple[Tensor, Tensor]:
         """Read the segments of an image.
@@ -145,9 +143,10 @@ class CocoPanoptic:
         Raises:
             InputError: The file has no such image, or its PNG file is missing, broken or has other segments.
         """
-        if image_id not in self._images:
+        if image_id not in self.images:
             raise InputError(f"'{self.ann_file}' has no image {image_id}: evaluate the images that it annotates")
-        name, segments = self._images[image_id]
+        name = self.images[image_id]["file_name"]
+        segments = {part["id"]: part for part in self.images[image_id]["segments_info"]}
         try:
             with Image.open(self.folder / name) as png:
                 ids = segment_ids(np.asarray(png.convert("RGB")))

@@ -14,6 +14,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import LoggerHook
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
+from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -38,7 +39,7 @@ class _Runner(mmengine_runner.Runner):
     def from_cfg(cls, cfg: Config) -> "_Runner":
         for name in cls.dataloaders:
             if cfg.get(name):
-                checks.check_data_files(cfg[name].dataset)
+                checks.check_data_settings(cfg[name].dataset)
         wrapper = cfg.get("optim_wrapper") or {}
         if wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
             print("no GPU: float32 instead of half precision", file=sys.stderr)
@@ -102,8 +103,9 @@ class _Runner(mmengine_runner.Runner):
             checks.check_classes(dataset, unwrap(self.model))
             if hasattr(dataset, "reduce_zero_label"):
                 checks.check_annotations(dataset, unwrap(self.model).num_classes)
+                checks.unify_void(dataset, unwrap(self.model))
             if hasattr(dataset, "pipeline"):
-                checks.check_files(dataset.pipeline)
+                checks.check_files(dataset.pipeline, getattr(dataset, "ann_file", ""))
         return built
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
@@ -123,6 +125,26 @@ class _Runner(mmengine_runner.Runner):
                 raise
             file = evaluator.get("ann_file", "") if isinstance(evaluator, dict) else ""
             raise InputError(f"cannot build the evaluator {file}: {one_line(error)}") from error
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        return self._check_loop(super().build_train_loop(loop), training=True)
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        return self._check_loop(super().build_val_loop(loop))
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        return self._check_loop(super().build_test_loop(loop))
+
+    def _check_loop(self, loop: BaseLoop, training: bool = False) -> BaseLoop:
+        """Check data sets and metrics of a loop against each other."""
+        datasets = list(checks.base_datasets(loop.dataloader.dataset))
+        labelled = [dataset for dataset in datasets if hasattr(dataset, "reduce_zero_label")]
+        if labelled:
+            checks.sample_labels(labelled, tell=training)
+        for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
+            for dataset in datasets:
+                checks.check_metric(metric, dataset)
+        return loop
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
         checkpoint = load_checkpoint_checked(self.model, filename, "" if self._resume else self.required_prefix)

@@ -167,7 +167,10 @@ def import_package(package: str) -> Path:
     """
     try:
         importlib.import_module("mmcv.ops")
-        return Path(importlib.import_module(package).__file__).parent
+        folder = Path(importlib.import_module(package).__file__).parent
+        if package == "mmdet":
+            importlib.import_module("litvit.openmmlab.coco")
+        return folder
     except (ImportError, AssertionError) as error:  # mmdet asserts mmcv's version
         raise InputError(f"{package} and mmcv are needed ({error}): run ./setup_env.sh") from error
 

@@ -154,7 +154,7 @@ def test_panoptic_quality_of_detections(coco, tmp_path, world_size):
 
 def test_classes_of_another_data_set(coco):
     metric = panoptic_metric(coco, classes=("0", "1", "cat", "dog"))
-    with pytest.raises(InputError, match="panoptic_val2017.json' has no class cat, dog: set metainfo"):
+    with pytest.raises(InputError, match="panoptic_val2017.json has no class cat, dog: its classes are 0, 1, 2"):
         metric.process({}, [])
 
 
@@ -170,5 +170,5 @@ def test_a_broken_annotation_is_reported_by_the_process_that_reads_it(coco, tmp_
 def test_an_annotation_file_of_another_kind(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/panoptic_val2017.json").write_text("[]")
-    with pytest.raises(InputError, match="is no COCO panoptic file"):
+    with pytest.raises(InputError, match="is no COCO annotation file"):
         panoptic_metric(tmp_path)

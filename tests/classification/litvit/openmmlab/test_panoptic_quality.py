@@ -161,7 +161,7 @@ def coco(tmp_path):
 
 def test_coco_files(coco):
     truth = CocoPanoptic(coco / "truth.json", coco)
-    assert (truth.things, truth.stuffs, list(truth.categories)) == (THINGS, STUFFS, ["c1", "c2", "c3", "c4"])
+    assert [category["name"] for category in truth.categories] == ["c1", "c2", "c3", "c4"]
     target, crowd = truth.target(5)
     assert target[..., 0].tolist() == [[1, 1, VOID], [2, 2, VOID]]
     assert len(target[..., 1].unique()) == 3
@@ -171,9 +171,17 @@ def test_coco_files(coco):
 def test_wrong_coco_files(coco):
     with pytest.raises(InputError, match="cannot read .*nowhere.json': No such file"):
         CocoPanoptic(coco / "nowhere.json", coco)
-    for name, text in (("instances.json", '{"categories": [{"id": 1, "name": "cat"}]}'), ("broken.json", "{")):
+    for name, text, message in (
+        ("list.json", "[]", "is no COCO annotation file: it has no list 'categories'"),
+        (
+            "instances.json",
+            '{"categories": [{"id": 1, "name": "cat"}], "annotations": [{"id": 1, "image_id": 1}]}',
+            r": annotations\[0\] \(id 1\) has no 'segments_info'",
+        ),
+        ("broken.json", "{", "is not JSON, or cut off"),
+    ):
         (coco / name).write_text(text)
-        with pytest.raises(InputError, match=f"{name}' is no COCO panoptic file"):
+        with pytest.raises(InputError, match=f"{name}'? ?{message}"):
             CocoPanoptic(coco / name, coco)
     truth = CocoPanoptic(coco / "truth.json", coco)
     with pytest.raises(InputError, match="has no image 6"):
