@@ -124,7 +124,7 @@ class CocoPanoptic:
             self.stuffs = set(self.categories.values()) - self.things
             self._images = {
                 image["image_id"]: (image["file_name"], {part["id"]: part for part in image["segments_info"]})
-                for image in content["annotations"]
+                for image in content.get("annotations", ())  # none for images to be predicted only
             }
         except OSError as error:
             raise InputError(f"cannot read '{ann_file}': {error.strerror}") from error
