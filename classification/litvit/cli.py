@@ -66,16 +66,21 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     try:
         status = main(None)
     except InputError as error:
-        if os.environ.get(TRACEBACK, "0") != "0":
-            sys.excepthook(*sys.exc_info())
-        else:
-            hint = f" ({TRACEBACK}=1 shows where)" if error.__cause__ else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
+        report(error)
         status = EXIT_INPUT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_CTRL_C
     sys.exit(tell_the_launcher(status))
+
+
+def report(error: InputError) -> None:
+    """Print wrong input in one line, or with its traceback if `--traceback` or LIT_TRACEBACK asks for it."""
+    if os.environ.get(TRACEBACK, "0") != "0":
+        sys.excepthook(type(error), error, error.__traceback__)
+    else:
+        hint = f" ({TRACEBACK}=1 shows where)" if error.__cause__ else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
 
 
 def import_modules(names: Sequence[str]) -> None:

@@ -10,11 +10,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from litvit import cli
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run mmdet's own script, which parses the command line."""
     from litvit.openmmlab.tools import run_tool  # not at the top: cli.run reports a missing mmengine
 
-    run_tool("mmdet", "test")
+    return run_tool("mmdet", "test")
 
 
 if __name__ == "__main__":

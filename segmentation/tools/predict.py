@@ -5,30 +5,35 @@ A legend to the right names the classes that occur, the largest first. A drawing
 image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from litvit import cli
 from litvit.errors import InputError
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Predict and draw the images of a command line."""
     # Not at the top: cli.run reports a missing mmengine.
-    from litvit.openmmlab.tools import prediction_parser, predictions
+    from litvit.openmmlab.tools import draw_predictions, prediction_parser
 
     parser = prediction_parser(__doc__.splitlines()[0])
     parser.add_argument("--opacity", type=float, default=0.5, help="opacity of the colours, 0 to 1 (default: 0.5)")
     args = parser.parse_args(argv)
     if not 0 <= args.opacity <= 1:
         raise InputError(f"--opacity is {args.opacity}, but must be from 0 to 1")
-    for model, file, pixels, result in predictions("mmseg", args):
-        labels = result.pred_sem_seg.data[0].long().cpu().numpy()
-        meta = model.dataset_meta
-        draw(pixels, labels, meta["classes"], meta["palette"], args.opacity).save(file, quality=95)
-        print(file)
+
+    def drawer(model: nn.Module) -> Callable[[np.ndarray, Any], Image.Image]:
+        names, colors = model.dataset_meta["classes"], model.dataset_meta["palette"]
+        return lambda pixels, result: draw(
+            pixels, result.pred_sem_seg.data[0].long().cpu().numpy(), names, colors, args.opacity
+        )
+
+    return draw_predictions("mmseg", args, drawer)
 
 
 def draw(

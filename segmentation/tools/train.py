@@ -10,11 +10,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from litvit import cli
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run mmseg's own script, which parses the command line."""
     from litvit.openmmlab.tools import run_tool  # not at the top: cli.run reports a missing mmengine
 
-    run_tool("mmseg", "train")
+    return run_tool("mmseg", "train")
 
 
 if __name__ == "__main__":

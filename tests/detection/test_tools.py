@@ -39,6 +39,25 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(max_keep_ckpts=9))
 """
 
 
+# The same of the demo's Panoptic FPN.
+PANOPTIC = """
+_base_ = "{detection}/configs/lvt/panoptic_fpn_lvt_fpn_demo.py"
+data_root = "{root}/"
+model = dict(
+    backbone=dict(dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1), class_heads=2, init_cfg=None),
+    neck=dict(in_channels=[16, 16, 32, 32]),
+)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
+val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+val_evaluator = dict(
+    ann_file=data_root + "annotations/panoptic_val2017.json", seg_prefix=data_root + "annotations/panoptic_val2017/"
+)
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1, val_interval=1)
+"""
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A config on 4 training and 2 validation scenes of 96 x 128."""
@@ -81,6 +100,34 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     assert (folder / "epoch_2.pth").exists()
 
 
+def test_resume_in_a_new_folder_starts_from_the_configs_checkpoint(config, trained, tmp_path):
+    """As in a job that may be interrupted. Then the run's own checkpoint is the one to go on from."""
+    (tmp_path / "begun.py").write_text(f"_base_ = '{config}'\nload_from = '{trained / 'epoch_1.pth'}'\n")
+    command = ["train.py", tmp_path / "begun.py", "--work-dir", tmp_path / "run", "--resume"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"Load checkpoint from {trained / 'epoch_1.pth'}" in done.stdout
+    assert "Epoch(train) [1][2/2]" in done.stdout
+    done = run(*command, "--cfg-options", "train_cfg.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert f"Load checkpoint from {tmp_path / 'run/epoch_1.pth'}" in done.stdout
+    assert "resumed epoch: 1" in done.stdout
+
+
+def test_an_epoch_that_ends_with_steps_left_out_is_neither_saved_nor_validated(config, tmp_path):
+    old = tmp_path / "epoch_1.pth"
+    old.touch()
+    options = ["optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=[]"]
+    options += ["train_cfg.max_epochs=3", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    done = run("train.py", config, "--work-dir", tmp_path, "--cfg-options", *options)
+    assert done.returncode == 3, done.stderr
+    assert "Epoch(train) [3][2/2]" in done.stdout
+    assert "Epoch(val)" not in done.stdout
+    assert "not finite in the last 5 steps, up to iteration 6: start again from" in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["diverged.pth", "epoch_1.pth"]
+    assert not old.stat().st_size
+
+
 def test_no_checkpoint_runs_code_when_it_is_resumed(config, trained, tmp_path):
     checkpoint = torch.load(trained / "epoch_1.pth", weights_only=False)
     checkpoint["meta"]["config"] = f"open({str(tmp_path / 'run-by-the-checkpoint')!r}, 'w')"
@@ -100,6 +147,45 @@ def test_evaluation_of_a_trained_detector(config, trained, tmp_path):
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} <= json.loads(numbers.read_text()).keys()
 
 
+def test_time_augmentation_of_boxes(config, trained, tmp_path):
+    options = ["--cfg-options", "model.roi_head.mask_head=None", "test_evaluator.metric=bbox"]
+    done = run("test.py", config, trained / "epoch_1.pth", "--work-dir", tmp_path, "--tta", *options)
+    assert done.returncode == 0, done.stderr
+    (numbers,) = tmp_path.glob("*/*.json")
+    assert "coco/bbox_mAP_50" in json.loads(numbers.read_text())
+
+
+def test_a_panoptic_detector(config, tmp_path, monkeypatch):
+    """The best checkpoint, files of predictions, and mmdet's own interface to them, which is imported first."""
+    (tmp_path / "panoptic.py").write_text(PANOPTIC.format(detection=DETECTION, root=config.parent / "coco"))
+    best = ["--cfg-options", "default_hooks.checkpoint.save_best=auto"]
+    done = run("train.py", tmp_path / "panoptic.py", "--work-dir", tmp_path, *best)
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "best_coco_panoptic_PQ_epoch_1.pth"
+    files = ["test_evaluator.format_only=True", f"test_evaluator.outfile_prefix={tmp_path / 'ours'}"]
+    done = run("test.py", tmp_path / "panoptic.py", checkpoint, "--work-dir", tmp_path, "--cfg-options", *files)
+    assert done.returncode == 0, done.stderr
+    names = [image["file_name"] for image in json.loads((tmp_path / "ours.panoptic.json").read_text())["annotations"]]
+    assert sorted(path.name for path in (tmp_path / "ours.panoptic").iterdir()) == names
+    flags = ["--tta", "--work-dir", str(tmp_path / "tta")]
+    monkeypatch.setattr(sys, "argv", ["test.py", str(tmp_path / "panoptic.py"), str(checkpoint), *flags])
+    with pytest.raises(InputError, match="--tta merges boxes"):
+        run_tool("mmdet", "test")
+    program = f"""
+from mmdet.apis import DetInferencer
+inferencer = DetInferencer({str(tmp_path / "panoptic.py")!r}, {str(checkpoint)!r}, device="cpu")
+image = {str(config.parent / "coco/val2017/000000000001.jpg")!r}
+(found,) = inferencer(image, out_dir={str(tmp_path / "drawn")!r}, no_save_pred=False)["predictions"]
+(again,) = inferencer(image)["predictions"]
+print(again["panoptic_seg"].shape, found["panoptic_seg_path"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    segments = tmp_path / "drawn/preds/000000000001_panoptic_seg.png"
+    assert done.stdout.splitlines()[-1] == f"(96, 128, 3) {segments}"
+    assert (tmp_path / "drawn/vis/000000000001.jpg").exists()
+
+
 def test_images_are_drawn(config, trained, tmp_path):
     image = config.parent / "coco" / "val2017" / "000000000001.jpg"
     flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "new" / "folder"]
@@ -108,6 +194,31 @@ def test_images_are_drawn(config, trained, tmp_path):
     drawn = Image.open(tmp_path / "new" / "folder" / image.name)
     assert drawn.size == Image.open(image).size
     assert drawn.tobytes() != Image.open(image).tobytes()
+
+
+def test_images_of_all_names_and_shapes_are_drawn(config, trained, tmp_path):
+    """One that cannot be read is named, and the others are drawn."""
+    image, folder = Image.open(config.parent / "coco" / "val2017" / "000000000001.jpg"), tmp_path / "images"
+    folder.mkdir()
+    for name in ("no suffix", "v1.2", "upper.JPG", "web.webp", os.fsdecode(b"bytes \xff.png")):
+        image.save(folder / name, format={".webp": "webp", ".JPG": "jpeg"}.get(Path(name).suffix, "png"))
+    for sides in ((4000, 10), (10, 4000), (1, 1)):
+        image.resize(sides).save(folder / f"{sides[0]}.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    images = sorted(folder.iterdir())
+    assert images.index(folder / "broken.jpg") < len(images) - 1
+    flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "out"]
+    done = run("predict.py", *images, folder / "none.png", *flags, "--score-thr", "0")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: no image at {folder / 'none.png'}",
+        f"error: {folder / 'broken.jpg'} cannot be read as an image",
+    ]
+    drawn = {"no suffix.png", "v1.2.png", "upper.JPG", "web.webp", os.fsdecode(b"bytes \xff.png")}
+    drawn |= {"4000.png", "10.png", "1.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == drawn
+    assert Image.open(tmp_path / "out" / "4000.png").size == (4000, 10)
+    assert len([line for line in done.stdout.splitlines() if line.startswith(str(tmp_path / "out"))]) == len(drawn)
 
 
 def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path):
@@ -151,6 +262,8 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
             ["{config}", "{checkpoint}", "--cfg-options", "test_evaluator.ann_file={list_of_nothing}"],
             "list.json is no COCO annotation file: annotation file format <class 'list'>",
         ),
+        ("test", ["{config}", "{checkpoint}", "--tta"], "--tta merges boxes, and this model predicts masks"),
+        ("train", ["{config}", "--resum", "{list}", "--foo"], "unrecognized arguments: --foo"),
         ("test", ["{config}", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         ("train", ["{config}", "--cfg-options", "model.backbone.arch=lit_x"], "unknown arch 'lit_x'"),
         (
@@ -303,6 +416,14 @@ def test_no_process_waits_for_one_that_refused_a_checkpoint(config, trained):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "does not fit the config" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tool", ["train", "test"])
+def test_help_lists_the_flags_of_all_commands(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", "--help"])
+    with pytest.raises(SystemExit):
+        run_tool("mmdet", tool)
+    assert "--traceback" in capsys.readouterr().out
 
 
 def test_the_number_of_gpus_is_required(config):

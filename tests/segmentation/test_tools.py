@@ -125,6 +125,32 @@ def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp
             assert torch.equal(end[name], parameter), name
 
 
+def test_resume_of_the_config(config, trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    before = (folder / "iter_1.pth").read_bytes()
+    (tmp_path / "resume.py").write_text(f"_base_ = '{config}'\nresume = True\ntrain_cfg = dict(max_iters=3)\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "resume.py"), "--work-dir", str(folder)])
+    run_tool("mmseg", "train")
+    assert load_from_file(folder / "iter_3.pth")["meta"]["iter"] == 3
+    assert (folder / "iter_1.pth").read_bytes() == before
+
+
+def test_a_training_that_diverges_ends(config, tmp_path):
+    """In both processes, with the checkpoint of the last step that was finite, and without validation."""
+    options = ["optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=[]"]
+    options += ["train_cfg.max_iters=30", "train_cfg.val_interval=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    done = run("dist_train.sh", config, 2, "--work-dir", tmp_path, "--cfg-options", *options)
+    assert done.returncode == 3, done.stderr
+    assert "iteration 11: 10 steps left out, the loss or a gradient is not finite" in done.stdout + done.stderr
+    assert "Iter(val)" not in done.stdout
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: the loss or a gradient was not finite in the last 10 steps, up to iteration 11: ")
+    assert error.endswith(f"the state is in {tmp_path / 'diverged.pth'}")
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["diverged.pth", "iter_1.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_1.pth")
+
+
 def test_evaluation_of_a_trained_segmentor(config, trained, tmp_path):
     done = run("test.py", config, trained / "iter_2.pth", "--work-dir", tmp_path, "--out", tmp_path / "maps")
     assert done.returncode == 0, done.stderr
@@ -150,6 +176,24 @@ def test_images_are_drawn_with_a_legend(config, trained, tmp_path):
     assert colors <= set(PALETTE)
     legend = {color for _, color in drawn.crop((original.width, 0, *drawn.size)).getcolors(1000)}
     assert legend & set(PALETTE) == colors
+
+
+def test_an_image_of_a_shape_that_the_model_does_not_take_is_named(config, trained, tmp_path):
+    resize = "dict(type='Resize', scale=(512, 128), keep_ratio=True)"
+    pipeline = f"[dict(type='LoadImageFromFile'), {resize}, dict(type='PackSegInputs')]"
+    (tmp_path / "resize.py").write_text(
+        f"_base_ = '{config}'\ntest_dataloader = dict(dataset=dict(pipeline={pipeline}))"
+    )
+    original = Image.open(config.parent / "ade/images/validation/ADE_val_00000001.jpg")
+    original.resize((4000, 10)).save(tmp_path / "a strip.png")
+    original.save(tmp_path / "image", format="png")
+    images = [tmp_path / "a strip.png", tmp_path / "image"]
+    flags = ["--config", tmp_path / "resize.py", "--checkpoint", trained / "iter_2.pth", "--out", tmp_path / "out"]
+    done = run("predict.py", *images, *flags)
+    assert done.returncode == 2
+    assert f"error: {images[0]}, 4000 x 10 pixels, cannot be predicted: images must have 32" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["image.png"]
 
 
 def test_wrong_input_of_predict_is_one_line(config, run_main, tmp_path):
@@ -346,7 +390,8 @@ def test_test_time_augmentation(published, shapes, tmp_path, monkeypatch):
         (
             "train",
             ["{config}", "--cfg-options", "optim_wrapper.optimizer.type=AdamX"],
-            "the optimizer {{'type': 'AdamX'",
+            "the optimizer {{'type': 'AdamX', 'lr': 0.003, 'weight_decay': 0.05}} does not fit: unknown type 'AdamX', "
+            "did you mean Adam",
         ),
         (
             "train",

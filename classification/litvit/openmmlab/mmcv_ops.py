@@ -50,11 +50,17 @@ def provide_operators() -> str:
         reason = "mmcv was installed without compiled operators"
     except ImportError as error:
         reason = f"mmcv's compiled operators do not fit this torch ({error})"
-    for name in ("mmdet.structures.mask", "mmdet.models", "mmseg.models"):
-        if name in sys.modules and "mmcv.ops" not in sys.modules:
+    late = "mmcv.ops" not in sys.modules
+    for name in ("mmdet.models", "mmseg.models"):
+        if late and name in sys.modules:
             raise InputError(f"{reason}: import litvit.openmmlab, which provides some, before {name}")
     sentence = f"{reason}: torchvision's are used"
     sys.modules[_NAME] = _StandIns(sentence, compiled)
+    # mmdet.apis imports these before it reads a config, which names litvit.openmmlab.
+    without = {"mmdet.structures.mask.structures": "roi_align", "mmdet.utils.large_image": "batched_nms"}
+    for name, operator in without.items():
+        if late and name in sys.modules:
+            setattr(sys.modules[name], operator, getattr(importlib.import_module("mmcv.ops"), operator))
     return sentence
 
 

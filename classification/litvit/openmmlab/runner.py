@@ -1,7 +1,10 @@
 """mmengine's Runner for the command lines: it finds wrong input first, and a CPU can do what a GPU can."""
 
+import difflib
 import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ from mmengine import runner as mmengine_runner
 from mmengine.config import Config
 from mmengine.dist import is_distributed, is_main_process, master_only
 from mmengine.evaluator import Evaluator
-from mmengine.hooks import LoggerHook
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import OPTIMIZERS
 from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,6 +28,9 @@ from litvit.openmmlab.backbones import MMBackbone
 from litvit.openmmlab.checkpoints import latest_checkpoint, load_checkpoint_checked, unwrap
 from litvit.openmmlab.errors import one_line
 from litvit.openmmlab.mmcv_ops import provide_operators
+from litvit.openmmlab.step_guard import GuardedSteps, guard_steps
+from litvit.runs.folder import DIVERGED
+from litvit.training.step_guard import Diverged
 
 # mmengine has every process write the results of a test into the same file, at the same time.
 LoggerHook.after_test_epoch = master_only(LoggerHook.after_test_epoch)
@@ -109,6 +116,13 @@ class _Runner(mmengine_runner.Runner):
         return built
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        optimizer = optim_wrapper.get("optimizer", {}) if isinstance(optim_wrapper, dict) else {}
+        kind = optimizer.get("type") if isinstance(optimizer, dict) else None
+        with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+            if isinstance(kind, str) and registry.get(kind) is None:
+                near = difflib.get_close_matches(kind, {**OPTIMIZERS.module_dict, **registry.module_dict})
+                hint = f", did you mean {', '.join(near)}?" if near else ""
+                raise InputError(f"the optimizer {optimizer} does not fit: unknown type '{kind}'{hint}")
         try:
             return super().build_optim_wrapper(optim_wrapper)
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -157,20 +171,26 @@ class _Runner(mmengine_runner.Runner):
 
 
 class TrainingRunner(_Runner):
-    """Runner of train.py: a checkpoint to start from may have other heads."""
+    """Runner of train.py: a checkpoint to start from may have other heads, and steps that are not finite are left out.
+
+    Until a step is finite again, nothing is validated or saved: the weights may be spoilt.
+
+    Attributes:
+        resume_latest: Whether to resume from the run's latest checkpoint if there is one, else start from `load_from`.
+    """
 
     dataloaders = ("train_dataloader", "val_dataloader")
     required_prefix = "backbone."
+    resume_latest = False
+    _guarded: Sequence[GuardedSteps] = ()
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> "_Runner":
         start = cfg.get("load_from")
-        if cfg.get("resume") and "--resume" in sys.argv and not any(str(start) in argument for argument in sys.argv):
-            start = None  # set by the config; mmengine would resume from it instead of the latest checkpoint
-        if cfg.get("resume") and not start and (latest := latest_checkpoint(Path(cfg.work_dir))):
-            cfg.load_from = latest
-        elif not start:
-            cfg.resume = False
+        cfg.resume = bool(cfg.get("resume") or cls.resume_latest)
+        if cfg.resume and (cls.resume_latest or not start):
+            latest = latest_checkpoint(Path(cfg.work_dir))
+            cfg.load_from, cfg.resume = latest or start, latest is not None
         init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
         weights = init_cfg.get("checkpoint", "") if isinstance(init_cfg, dict) else ""
         if weights and cfg.get("load_from"):
@@ -183,6 +203,51 @@ class TrainingRunner(_Runner):
             )
         return super().from_cfg(cfg)
 
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        built = super().build_optim_wrapper(optim_wrapper)
+        self._guarded = guard_steps(built)
+        return built
+
+    @property
+    def bad_in_a_row(self) -> int:
+        """Number of the last steps that were left out."""
+        return max((wrapper.bad_in_a_row for wrapper in self._guarded), default=0)
+
+    @property
+    def val_loop(self) -> BaseLoop | None:
+        """The loop that validates, None while steps are left out."""
+        return None if self.bad_in_a_row else super().val_loop
+
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        hooks = self._hooks
+        if self.bad_in_a_row and fn_name in ("after_train_iter", "after_train_epoch"):
+            # The hook would delete the oldest checkpoint before it calls save_checkpoint.
+            self._hooks = [hook for hook in hooks if not isinstance(hook, CheckpointHook)]
+        try:
+            super().call_hook(fn_name, **kwargs)
+        finally:
+            self._hooks = hooks
+
+    def train(self) -> nn.Module:
+        """Train the model.
+
+        Raises:
+            Diverged: The last steps were left out, many of them or all up to the end.
+        """
+        try:
+            model = super().train()
+            if self.bad_in_a_row:
+                raise Diverged
+        except Diverged as error:
+            self.save_checkpoint(self.work_dir, DIVERGED, by_epoch=False)
+            raise Diverged(
+                f"the loss or a gradient was not finite in the last {self.bad_in_a_row} steps, up to iteration "
+                f"{self._guarded[0].inner_count}: start again from the last good checkpoint or anew, in another "
+                "--work-dir, with a lower optim_wrapper.optimizer.lr or optim_wrapper.clip_grad.max_norm; "
+                f"the state is in {os.path.join(self.work_dir, DIVERGED)}"
+            ) from error
+        return model
+
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         part = filename if "://" in out_dir else f"{filename}.part"
         super().save_checkpoint(out_dir, part, *args, **kwargs)
@@ -194,3 +259,17 @@ class TestRunner(_Runner):
     """Runner of test.py."""
 
     dataloaders = ("test_dataloader",)
+
+    def build_model(self, model: Any) -> nn.Module:
+        built = super().build_model(model)
+        if type(built).__module__.startswith("mmdet.models.test_time_augs"):  # not a class of the user's
+            built.merge_preds = partial(_merge_boxes, built.merge_preds)
+        return built
+
+
+def _merge_boxes(merge: Callable[[list], list], views: list[list[Any]]) -> list:
+    """Merge the predictions for the views of each image, a list per image, if they are boxes only."""
+    for sample in views[0]:
+        if not {"pred_panoptic_seg", "pred_sem_seg"}.isdisjoint(sample.keys()) or "masks" in sample.pred_instances:
+            raise InputError("--tta merges boxes, and this model predicts masks or segments too: leave --tta out")
+    return merge(views)

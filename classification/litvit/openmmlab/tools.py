@@ -9,17 +9,19 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import ConfigParsingError
 from mmengine.runner import Runner
+from PIL import Image
 from torch import nn
 
 from litvit import cli
@@ -27,7 +29,11 @@ from litvit.errors import InputError, is_from_user_code
 from litvit.memory import keep_freed_memory
 from litvit.openmmlab.checkpoints import load_checkpoint_checked, local_rank
 from litvit.openmmlab.errors import SampleError, one_line
-from litvit.processes import choose_device
+from litvit.processes import EXIT_DIVERGED, EXIT_INPUT_ERROR, choose_device, tell_the_launcher
+from litvit.training.flags import TRACEBACK_HELP
+
+if TYPE_CHECKING:
+    from litvit.openmmlab.runner import TrainingRunner
 
 # Flags of mmdet 2 and mmseg 0.x that the papers' commands use.
 _OLD_FLAGS = {
@@ -47,25 +53,37 @@ _OLD_FLAGS = {
 # Settings of a config that mmengine's Runner does not take as arguments.
 _MORE_SETTINGS = ("auto_scale_lr", "compile", "find_unused_parameters", "model_wrapper_cfg", "sync_bn")
 
+# Suffixes of images that keep their name for the drawing; others get .png behind it.
+_DRAWING_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+# A function that draws a prediction, given the pixels (H, W, 3), uint8 RGB, and the result.
+Draw = Callable[[np.ndarray, Any], Image.Image]
+
 # Exceptions that building by a config that does not fit raises.
 _CONFIG_ERRORS = (ImportError, KeyError, IndexError, TypeError, ValueError, AssertionError, AttributeError)
 
 
-def run_tool(package: str, name: str) -> None:
+def run_tool(package: str, name: str) -> int:
     """Run `tools/<name>.py` of mmdet or mmseg with the arguments of this process.
 
     Args:
         package: Name of the package, "mmdet" or "mmseg".
         name: Name of the script, "train" or "test".
 
+    Returns:
+        Exit status: 0, or EXIT_DIVERGED.
+
     Raises:
         InputError: Wrong input. Of several processes on a machine the first one raises it, or the one that reads the
             wrong sample.
     """
-    from litvit.openmmlab.runner import TestRunner, TrainingRunner  # slow to import, and not needed by other callers
+    # Slow to import, and not needed by other callers.
+    from litvit.openmmlab.runner import TestRunner, TrainingRunner
+    from litvit.training.step_guard import Diverged
 
     rank = local_rank()  # mmdet's and mmseg's scripts set it to 0 where only Slurm has set it
     loaded = Event()
+    status = 0
 
     class Runner({"train": TrainingRunner, "test": TestRunner}[name]):
         def load_or_resume(self) -> None:
@@ -81,17 +99,54 @@ def run_tool(package: str, name: str) -> None:
             spec = importlib.util.spec_from_file_location(f"{package}_{name}", tools / f"{name}.py")
             script = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(script)
+            script.argparse = argparse.Namespace(ArgumentParser=_ScriptParser)
             script.Runner = Runner
+            if name == "train":
+                script.parse_args = partial(_resume_as_configured, script.parse_args, package, Runner)
             script.main()
     except InputError as error:
         if rank == 0 or isinstance(error, SampleError):
             raise
-        return  # the machine's first process reports it, and must not be ended by another one's exit status
+        return 0  # the machine's first process reports it, and must not be ended by another one's exit status
+    except Diverged as error:
+        status = EXIT_DIVERGED
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
+        # gloo's threads may abort an interpreter that takes its time to end.
+        os._exit(tell_the_launcher(status) or 0)
+    return status
+
+
+class _ScriptParser(cli.ArgumentParser):
+    """Parser of mmdet's and mmseg's scripts, with the flag that all commands have."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.add_argument("--traceback", action="store_true", help=TRACEBACK_HELP)
+
+
+def _resume_as_configured(
+    parse_args: Callable[[], argparse.Namespace], package: str, runner: "type[TrainingRunner]"
+) -> argparse.Namespace:
+    """Parse the arguments of train.py so that its script keeps what the config says of `resume` and `load_from`.
+
+    For `--resume` without a checkpoint, mmdet's script would forget `load_from`, and mmengine would resume from it.
+    mmseg's script would forget the config's `resume`.
+    """
+    args = parse_args()
+    options = args.cfg_options or {}
+    names_checkpoint = package == "mmseg" and "load_from" in options
+    if args.resume in (True, "auto") and not names_checkpoint:
+        runner.resume_latest, args.resume = True, None
+    elif package == "mmseg" and not args.resume:
+        config = Config.fromfile(args.config)
+        config.merge_from_dict(options)
+        args.resume = config.get("resume", False)
+    return args
 
 
 @contextmanager
@@ -167,12 +222,21 @@ def import_package(package: str) -> Path:
     """
     try:
         importlib.import_module("mmcv.ops")
+        _resize_to_pixels()
         folder = Path(importlib.import_module(package).__file__).parent
         if package == "mmdet":
             importlib.import_module("litvit.openmmlab.coco")
         return folder
     except (ImportError, AssertionError) as error:  # mmdet asserts mmcv's version
         raise InputError(f"{package} and mmcv are needed ({error}): run ./setup_env.sh") from error
+
+
+@cache
+def _resize_to_pixels() -> None:
+    """Let mmcv, and mmdet after it, resize no side of a long, thin image to 0 pixels, which OpenCV refuses."""
+    geometric = importlib.import_module("mmcv.image.geometric")
+    scale_size = geometric._scale_size
+    geometric._scale_size = lambda size, scale: tuple(max(1, side) for side in scale_size(size, scale))
 
 
 def prediction_parser(description: str) -> cli.ArgumentParser:
@@ -184,44 +248,49 @@ def prediction_parser(description: str) -> cli.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the drawings")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the config")
     parser.add_argument("--device", metavar="NAME", help="cuda, cpu, ... (cuda if there is a GPU)")
+    parser.add_argument("--traceback", action="store_true", help=TRACEBACK_HELP)
     return parser
 
 
-def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Module, Path, np.ndarray, Any]]:
-    """Predict the images of a command line.
+def draw_predictions(package: str, args: argparse.Namespace, make_draw: Callable[[nn.Module], Draw]) -> int:
+    """Predict the images of a command line, save a drawing of each, and print its path.
+
+    An image that cannot be read, predicted or drawn is named, and the next one follows.
 
     Args:
         package: Name of the package, "mmdet" or "mmseg".
         args: Arguments that a `prediction_parser` has parsed.
+        make_draw: Function from the model, with `dataset_meta`, to the function that draws a prediction of it, given
+            the pixels (H, W, 3), uint8 RGB, and the result, of mmdet's or mmseg's type.
 
-    Yields:
-        For each image: the model, with `dataset_meta`; the file for the drawing, in a folder that exists; the pixels
-        (H, W, 3), uint8 RGB; the result, of mmdet's or mmseg's type.
+    Returns:
+        Exit status: 0, or EXIT_INPUT_ERROR if an image is not drawn.
 
     Raises:
-        InputError: Wrong input.
+        InputError: Wrong input other than a single image.
     """
-    drawings = {}
+    drawings, status = {}, 0
     for image in args.images:
         if not image.is_file():
-            raise InputError(f"no image at {image}")
-        drawing = args.out / image.name
+            cli.report(InputError(f"no image at {image}"))
+            status = EXIT_INPUT_ERROR
+            continue
+        drawing = args.out / (image.name if image.suffix.lower() in _DRAWING_SUFFIXES else f"{image.name}.png")
         if drawing.exists() and drawing.samefile(image):
             raise InputError(f"the drawing of {image} would overwrite it: name another folder than --out {args.out}")
         if drawing in drawings:
             raise InputError(f"{drawings[drawing]} and {image} have the same name: draw them into two folders")
         drawings[drawing] = image
+    if not drawings:
+        return status
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: name a folder")
     device = choose_device(args.device)
-    loaded = Event()
-    with _in_one_line(loaded):
+    with _in_one_line(Event()):
         check_command([args.config, "--cfg-options", *args.cfg_options])
         options = argparse.Namespace()
         DictAction([], "settings")(None, options, args.cfg_options)
         import_package(package)
-        import cv2
-        import mmcv
         from mmengine.registry import DATASETS
 
         apis = importlib.import_module(f"{package}.apis")
@@ -237,14 +306,38 @@ def predictions(package: str, args: argparse.Namespace) -> Iterator[tuple[nn.Mod
         model.dataset_meta = dataset.metainfo | meta.get("dataset_meta", {})
         model.to(device)
         args.out.mkdir(parents=True, exist_ok=True)
-    loaded.set()
+        draw = make_draw(model)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not text
     for drawing, image in drawings.items():
         try:
-            pixels = mmcv.imread(str(image))
-        except cv2.error:  # an empty file; for other broken ones imread returns None
-            pixels = None
-        if pixels is None:
-            raise InputError(f"{image} cannot be read as an image")
-        with _in_one_line(loaded):
-            result = getattr(apis, predict)(model, pixels)
-        yield model, drawing, pixels[..., ::-1], result
+            _draw_prediction(image, drawing, partial(getattr(apis, predict), model), draw)
+        except InputError as error:
+            cli.report(error)
+            status = EXIT_INPUT_ERROR
+        else:
+            print(drawing)
+    return status
+
+
+def _draw_prediction(image: Path, drawing: Path, predict: Callable[[np.ndarray], Any], draw: Draw) -> None:
+    """Predict an image and save a drawing of it.
+
+    Raises:
+        InputError: The image cannot be read, or not be predicted in this size, or the drawing cannot be saved.
+    """
+    import cv2
+    import mmcv
+
+    pixels = None
+    with suppress(cv2.error):  # of an empty file; for other broken ones imfrombytes returns None
+        pixels = mmcv.imfrombytes(image.read_bytes())
+    if pixels is None:
+        raise InputError(f"{image} cannot be read as an image")
+    try:
+        draw(pixels[..., ::-1], predict(pixels)).save(drawing, quality=95)
+    except Exception as error:  # anything that a model raises for a size that it cannot compute
+        if is_from_user_code(error):
+            raise
+        height, width = pixels.shape[:2]
+        reason = error if isinstance(error, InputError) else one_line(error)
+        raise InputError(f"{image}, {width} x {height} pixels, cannot be predicted: {reason}") from error

@@ -312,12 +312,18 @@ def test_the_benchmark_leaves_out_an_operator_without_stand_in(run_main, monkeyp
     assert "mmcv / ours" not in outcome.out
 
 
-def test_importing_mmdet_first_is_one_line():
-    program = """
-import sys, mmcv
-sys.modules["mmcv._ext"] = None  # as if not installed
-from mmdet.apis import init_detector
-import litvit.openmmlab
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert "import litvit.openmmlab, which provides some, before mmdet.structures.mask" in done.stderr.splitlines()[-1]
+def run_without_operators(program):
+    program = f"import sys, mmcv\nsys.modules['mmcv._ext'] = None  # as if not installed\n{program}"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+def test_importing_models_first_is_one_line():
+    done = run_without_operators("import mmseg.models, litvit.openmmlab")
+    assert "import litvit.openmmlab, which provides some, before mmseg.models" in done.stderr.splitlines()[-1]
+
+
+def test_mmdets_interfaces_may_be_imported_first():
+    """A config imports litvit.openmmlab after them."""
+    program = "from mmdet.apis import DetInferencer; import litvit.openmmlab, mmcv.ops, mmdet.structures.mask as masks"
+    done = run_without_operators(f"{program}; assert masks.structures.roi_align is mmcv.ops.roi_align")
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """The demo data as mmdet and mmseg read it, and mmdet's panoptic evaluation on it."""
 
+import json
 import math
 import os
 import shutil
@@ -15,11 +16,13 @@ from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmdet.registry import METRICS, TRANSFORMS
 from mmdet.structures import INSTANCE_OFFSET
 from mmseg.datasets import BaseSegDataset
+from PIL import Image
 
 from litvit.demo_data import BACKGROUNDS, CLASSES, PALETTE, SEGMENTATION_CLASSES, SceneSettings, build
 from litvit.errors import InputError
 from litvit.openmmlab.errors import SampleError
-from litvit.openmmlab.panoptic import LoadCocoPanoptic
+from litvit.openmmlab.panoptic import LoadCocoPanoptic, segment_colors
+from litvit.openmmlab.panoptic_quality import segment_ids
 
 DETECTION = SceneSettings("detection", train=4, val=3, image_size=96)
 PANOPTIC = {"classes": CLASSES + BACKGROUNDS, "thing_classes": CLASSES, "stuff_classes": BACKGROUNDS}
@@ -105,15 +108,20 @@ def predictions(samples):
         for number, mask in enumerate(sample["gt_masks"].masks, start=1):
             labels[torch.from_numpy(mask > 0)] += number * INSTANCE_OFFSET
         labels[labels // INSTANCE_OFFSET == 1] = len(CLASSES + BACKGROUNDS)
-        yield {"img_id": sample["img_id"], "pred_panoptic_seg": {"sem_seg": labels[None].int()}}
+        yield {
+            "img_id": sample["img_id"],
+            "img_path": sample["img_path"],
+            "pred_panoptic_seg": {"sem_seg": labels[None].int()},
+        }
 
 
-def panoptic_metric(coco, classes=PANOPTIC["classes"]):
+def panoptic_metric(coco, classes=PANOPTIC["classes"], **settings):
     metric = METRICS.build(
         {
             "type": "PanopticQualityMetric",
             "ann_file": str(coco / "annotations/panoptic_val2017.json"),
             "seg_prefix": str(coco / "annotations/panoptic_val2017"),
+            **settings,
         }
     )
     metric.dataset_meta = {"classes": classes}
@@ -150,6 +158,70 @@ def test_panoptic_quality_of_detections(coco, tmp_path, world_size):
         everything = 100 * (sum(things) + stuff) / (len(things) + stuff)
         assert scores["coco_panoptic/PQ"] == scores["coco_panoptic/RQ"] == pytest.approx(everything, abs=1e-5)
         assert len(scores) == 9
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_predictions_in_cocos_format(annotated, coco, tmp_path):
+    """Also for images without annotations, such as those of a test server."""
+    dataset = panoptic_dataset(coco, "val")
+    shutil.copytree(coco / "annotations", tmp_path / "annotations")
+    file = tmp_path / "annotations/panoptic_val2017.json"
+    truth = json.loads(file.read_text())
+    if not annotated:
+        file.write_text(json.dumps({name: truth[name] for name in ("images", "categories")}))
+    metric = panoptic_metric(tmp_path, format_only=True, outfile_prefix=str(tmp_path / "new/folder/ours"))
+    metric.process({}, list(predictions(dataset)))
+    assert metric.evaluate(size=len(dataset)) == {}
+    written = json.loads((tmp_path / "new/folder/ours.panoptic.json").read_text())["annotations"]
+    assert [image["image_id"] for image in written] == [image["image_id"] for image in truth["annotations"]]
+    assert [image["file_name"] for image in written] == [image["file_name"] for image in truth["annotations"]]
+    ids = {name: number for number, name in enumerate(PANOPTIC["classes"])}
+    labels = {category["id"]: ids[category["name"]] for category in truth["categories"]}
+    labels[0] = len(ids)
+    for sample, image in zip(predictions(dataset), written, strict=True):
+        with Image.open(tmp_path / "new/folder/ours.panoptic" / image["file_name"]) as png:
+            r, g, b = np.asarray(png, dtype=int).transpose(2, 0, 1)
+        segments = {part["id"]: part for part in image["segments_info"]} | {0: {"category_id": 0}}
+        numbers = r + 256 * g + 256**2 * b
+        assert {*np.unique(numbers)} | {0} == segments.keys()
+        found = np.vectorize(lambda number: labels[segments[number]["category_id"]])(numbers)  # noqa: B023
+        expected = sample["pred_panoptic_seg"]["sem_seg"][0].numpy()
+        assert np.array_equal(found, expected % INSTANCE_OFFSET)
+        pairs = {(number, value) for number, value in zip(numbers.flat, expected.flat, strict=True) if number}
+        assert len(pairs) == len(segments) - 1 == len({value for _, value in pairs})
+        for number, part in segments.items():
+            assert part.get("area") == ((numbers == number).sum() if number else None)
+
+
+def test_predictions_are_written_and_evaluated(coco, tmp_path):
+    dataset = panoptic_dataset(coco, "val")
+    scores = []
+    for settings in ({}, {"outfile_prefix": str(tmp_path / "ours")}):
+        metric = panoptic_metric(coco, **settings)
+        metric.process({}, list(predictions(dataset)))
+        scores.append(metric.evaluate(size=len(dataset)))
+    assert scores[0] == scores[1]
+    assert len(json.loads((tmp_path / "ours.panoptic.json").read_text())["annotations"]) == len(dataset)
+
+
+def test_files_that_cannot_be_written_are_one_line(coco, tmp_path):
+    with pytest.raises(InputError, match="set outfile_prefix=PREFIX"):
+        panoptic_metric(coco, format_only=True)
+    (tmp_path / "file").touch()
+    metric = panoptic_metric(coco, format_only=True, outfile_prefix=str(tmp_path / "file/ours"))
+    samples = list(predictions(panoptic_dataset(coco, "val")))
+    with pytest.raises(SampleError, match="cannot write .*file/ours.panoptic: NotADirectoryError"):
+        metric.process({}, samples)
+    metric = panoptic_metric(coco, format_only=True, outfile_prefix=str(tmp_path / "ours"))
+    metric.process({}, [samples[0] | {"img_path": f"{folder}/0.jpg"} for folder in "ab"])
+    with pytest.raises(InputError, match="2 images would be written into .*ours.panoptic/0.png"):
+        metric.evaluate(size=2)
+
+
+def test_colours_of_segments():
+    ids = np.array([[0, 255, 256], [65535, 65536, 256**3 - 1]], dtype=np.int32)
+    assert segment_colors(ids).dtype == np.uint8
+    assert np.array_equal(segment_ids(segment_colors(ids)), ids)
 
 
 def test_classes_of_another_data_set(coco):
