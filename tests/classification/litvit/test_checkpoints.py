@@ -120,6 +120,10 @@ def test_data_beside_the_weights_does_no_harm(tmp_path):
     ):
         torch.save({"state_dict": weights, "beside": value}, file)
         assert same(read_state_dict(file), weights)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        before = set(torch.serialization.get_safe_globals())
+        read_state_dict(file)
+        assert set(torch.serialization.get_safe_globals()) == before  # the program's own list is as it was
     # NumPy 1 had another name for the function that makes numbers, and torch.save writes names as text.
     content = b"cnumpy._core.multiarray\nscalar\n"
     torch.save({"state_dict": weights, "beside": np.float64(0.5)}, file, _use_new_zipfile_serialization=False)
