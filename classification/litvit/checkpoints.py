@@ -1,22 +1,17 @@
 """Checkpoints: reading them without running code, and loading them into a model, all of it or nothing."""
 
-import argparse
 import contextlib
-import datetime
 import logging
-import pathlib
 import pickle
 import pickletools
 import re
 import textwrap
-import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
@@ -29,31 +24,32 @@ _logger = logging.getLogger(__name__)
 # Where a file may hold weights, first choice first.
 PLACES = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
 
-# What others save beside weights, and torch.load(weights_only=True) refuses: classes that hold data and do nothing when
-# they are built. Some come with the names that other versions of NumPy and Python save them under.
-HARMLESS = (
-    argparse.Namespace,
-    types.SimpleNamespace,
-    frozenset,
-    torch.torch_version.TorchVersion,
-    datetime.date,
-    datetime.datetime,
-    datetime.time,
-    datetime.timedelta,
-    datetime.timezone,
-    *(
-        (cls, f"{module}.{cls.__name__.removeprefix('Pure')}")
-        for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
-        for module in ("pathlib", "pathlib._local")
-    ),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SUMm"},
-    *(
-        (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
-        for value, name in ((np.empty(0), "_reconstruct"), (np.float64(), "scalar"))
-        for core in ("core", "_core")
-    ),
+
+class _LeftOut:
+    """Stand-in for what a file holds beside weights. It takes any arguments and keeps nothing."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What others save beside weights, and torch.load(weights_only=True) refuses. Nothing of it is built: a NumPy array
+# alone can be built of bytes that are taken for addresses. The names are those of all versions of NumPy and Python.
+HARMLESS = tuple(
+    (_LeftOut, name)
+    for name in (
+        *("argparse.Namespace", "types.SimpleNamespace", "builtins.frozenset", "torch.torch_version.TorchVersion"),
+        *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+        *(
+            f"{module}.{name}"
+            for module in ("pathlib", "pathlib._local")
+            for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+        ),
+        *("numpy.ndarray", "numpy.dtype"),
+        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    )
 )
 
 # Functions that name the model which weights belong to, None if they do not know it. `litvit.models` adds its own.
@@ -124,15 +120,33 @@ def read_state_dict(path: str | Path, model: nn.Module | None = None) -> dict[st
 def _read_entries(path: str) -> dict:
     if path.endswith(".safetensors"):
         return load_file(path)
-    # Before torch 2.6 a class could not be allowed under another name.
-    allows = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
-    # In the end torch forbids what it was told to allow, even if the program had allowed it before.
-    new = set(HARMLESS).difference(torch.serialization.get_safe_globals()) if allows else ()
-    with torch.serialization.safe_globals(list(new)) if allows else contextlib.nullcontext():
+    with _stand_ins():
         entries = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(entries, dict):
         raise TypeError(type(entries).__name__)
     return entries
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Let torch read HARMLESS names in a block, in place of what the program may have allowed under them."""
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # before torch 2.6 names are the classes'
+        yield
+        return
+    before = torch.serialization.get_safe_globals()
+    names = {name for _, name in HARMLESS}
+    others = [
+        entry
+        for entry in before
+        if (entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}") not in names
+    ]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *HARMLESS])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _tensors(entries: Any, prefix: str = "") -> dict[str, Tensor]:

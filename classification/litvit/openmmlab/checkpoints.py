@@ -37,13 +37,27 @@ def _statistic(cls: type, name: str) -> Callable:
     raise UnpicklingError(f"global {name} of {cls}")
 
 
+class _Array(np.ndarray):
+    """NumPy's array in a checkpoint: empty when it is built, and filled by its state.
+
+    An array of objects could otherwise be built of bytes, which are taken for addresses. It is saved as NumPy's.
+    """
+
+    def __new__(cls, *args: Any) -> "_Array":
+        return super().__new__(cls, 0)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for torch.load in mmengine's other readers
-_statistic.__module__, _statistic.__qualname__ = "builtins", "getattr"  # the name in the pickle
+_statistic.__module__, _statistic.__qualname__ = "builtins", "getattr"  # the names in the pickle
+_Array.__module__, _Array.__qualname__ = "numpy", "ndarray"
 torch.serialization.add_safe_globals(
     [
         HistoryBuffer,
         _statistic,
-        np.ndarray,
+        _Array,
         np.dtype,
         *(type(np.dtype(number)) for number in (np.float64, np.float32, np.int64)),
         *(value.__reduce__()[0] for value in (np.empty(0), np.float64())),

@@ -5,6 +5,8 @@ import datetime
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,25 @@ def test_what_is_left_out_is_named(tmp_path, caplog):
     assert "criterion.weight" in caplog.text
 
 
+class Calls:
+    """Something that a pickle builds by a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_file_cannot_have_addresses_read(tmp_path):
+    """An array of objects made of bytes: its elements would be addresses, which a set asks for their hash."""
+    array = Calls(np.ndarray, (1,), "O", b"\x41" * 8)
+    torch.save({"state_dict": {"w": torch.ones(2)}, "beside": Calls(frozenset, (array,))}, tmp_path / "evil.pth")
+    program = f"from litvit.checkpoints import read_state_dict; print(*read_state_dict({str(tmp_path / 'evil.pth')!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "w\n"), done.stderr
+
+
 def test_two_copies_are_one_line(tmp_path):
     file, model = tmp_path / "distilled.ckpt", tiny()
     torch.save({"student": model.state_dict(), "teacher": tiny().state_dict()}, file)
@@ -117,6 +138,7 @@ def test_data_beside_the_weights_does_no_harm(tmp_path):
         argparse.Namespace(lr=1e-3, output=Path("runs")),
         datetime.datetime.now(datetime.timezone.utc),
         torch.__version__,
+        frozenset((1, 2)),
     ):
         torch.save({"state_dict": weights, "beside": value}, file)
         assert same(read_state_dict(file), weights)

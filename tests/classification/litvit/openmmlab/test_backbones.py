@@ -2,12 +2,16 @@
 
 import copy
 import os
+import subprocess
+import sys
 import threading
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import mmdet.registry
 import mmseg.registry
+import numpy as np
 import pytest
 import timm
 import torch
@@ -150,6 +154,21 @@ def test_what_mmengine_saves_besides_weights_is_read(tmp_path):
     read = CheckpointLoader.load_checkpoint(str(tmp_path / "epoch_1.pth"))["message_hub"]["log_scalars"]["loss"]
     assert read.statistics("mean") == 3
     assert read.statistics("max") == 6
+    read.update(8.0)
+    torch.save({"message_hub": {"log_scalars": {"loss": read}}}, tmp_path / "epoch_2.pth")
+    assert b"_Array" not in (tmp_path / "epoch_2.pth").read_bytes()  # any other program reads it
+    again = CheckpointLoader.load_checkpoint(str(tmp_path / "epoch_2.pth"))["message_hub"]["log_scalars"]["loss"]
+    assert again.statistics("max") == 8
+
+
+def test_a_checkpoint_cannot_have_addresses_read(tmp_path):
+    """An array of objects made of bytes: its elements would be addresses, which Counter asks for their hash."""
+    file = tmp_path / "evil.pth"
+    torch.save({"x": Call(Counter, Call(np.ndarray, (1,), "O", b"\x41" * 8))}, file)
+    program = f"from litvit.openmmlab.checkpoints import load_from_file; print(*load_from_file({str(file)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("x\n")
 
 
 def gradients(backbone):
