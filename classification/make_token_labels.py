@@ -24,6 +24,7 @@ from litvit.memory import keep_freed_memory
 from litvit.processes import EXIT_INTERRUPTED, StopSignals, choose_device, leave_signals_to_the_trainer
 from litvit.settings import add_flags, take
 from litvit.training import teacher
+from litvit.training.evaluate import MAX_NAMED
 from litvit.training.flags import (
     TRACEBACK_HELP,
     HelpFormatter,
@@ -150,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{signals.received.name}: {left} are still to make, and the same command makes them", file=sys.stderr)
         return EXIT_INTERRUPTED
     if unreadable:
-        more = f" ({len(unreadable)} images have no labels)" if len(unreadable) > 1 else ""
-        raise InputError(f"{unreadable[0]}{more}")
+        count = f"{len(unreadable)} images have no labels: " if len(unreadable) > 1 else ""
+        more = f"; and {len(unreadable) - MAX_NAMED} more" if len(unreadable) > MAX_NAMED else ""
+        raise InputError(f"{count}{'; '.join(unreadable[:MAX_NAMED])}{more}")
     return 0
 
 

@@ -68,8 +68,8 @@ def open_image(path: str, decoder: Decoder | None = None) -> Image.Image:
     """
     if not Path(path).is_file():
         raise InputError(f"no image at '{path}'")
-    with unreadable(lambda: f"'{printable(path)}'"), Image.open(path) as image:
-        return (decoder or Decoder())(image)
+    with unreadable(lambda: f"'{printable(path)}'"):
+        return (decoder or Decoder())(Image.open(path))
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]:

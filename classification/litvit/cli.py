@@ -29,12 +29,12 @@ class ArgumentParser(argparse.ArgumentParser):
         lists = [action for action in self._actions if action.nargs == "+" and action.type in (int, float)]
         flags = {flag for action in lists for flag in action.option_strings}
         others, moved = [], []  # flags of several numbers move to the end, where nothing follows them
-        while left:
+        while left and left[0] != "--":
             argument = left.pop(0)
             (moved if argument in flags else others).append(argument)
             while argument in flags and left and _is_number(left[0]):
                 moved.append(left.pop(0))
-        return super().parse_known_args(others + moved, namespace)
+        return super().parse_known_args(others + moved + left, namespace)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} ({self.prog} --help lists the flags)")

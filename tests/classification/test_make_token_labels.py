@@ -214,9 +214,7 @@ def test_a_tar_that_leads_out_of_its_folder_is_refused(digits, tmp_path, run):
     outcome = run(data=tmp_path / "tar", checkpoint=None)
     assert outcome.status == 2
     outcome = run("--num-classes", 10, data=tmp_path / "tar")
-    assert re.fullmatch(
-        r"error: .*train\.tar has no images .*names that lead out of the \.tar: \.\./3/.*\n", outcome.err
-    )
+    assert re.fullmatch(r"error: .*train\.tar has no images .*names that lead out of the \.tar.*\n", outcome.err)
     assert not (tmp_path / "labels").exists()
 
 
@@ -264,7 +262,7 @@ def test_images_that_cannot_be_decoded_are_named_and_the_others_labelled(digits_
     outcome = run("-b", 8, "-j", 1, data=digits_copy)
     assert outcome.status == 2
     assert re.fullmatch(
-        r"error: cannot read the image \S+/4/00000.png .* \(2 images have no labels\)\n", outcome.err
+        r"error: 2 images have no labels: cannot read the image \S+/4/00000.png .*/4/00001.png .*\n", outcome.err
     ), outcome.err
     assert outcome.out.startswith("made 78 label files")
     assert len(label_files(tmp_path / "labels")) == 78

@@ -9,10 +9,10 @@ import timm
 import torch
 import validate
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from litvit.runs.folder import save_weights
+from litvit.runs.folder import read_description, save_weights
 
 KWARGS = {"dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
 MODEL_FLAGS = [
@@ -209,3 +209,14 @@ def test_an_unreadable_image_is_named(digits_copy, weights, run_main):
     outcome = run_main(validate, digits_copy, "--checkpoint", weights, "-j", 1)
     assert outcome.status == 2
     assert re.fullmatch(r"error: cannot read the image .*val/3/00000.png .*\n", outcome.err), outcome.err
+
+
+def test_a_class_map_does_not_change_what_the_checkpoint_remembers(weights, digits, tmp_path, run_main):
+    (tmp_path / "map.txt").write_text("\n".join(reversed([str(number) for number in range(10)])))
+    description = read_description(weights) | {"classes": [str(number) for number in range(10)]}
+    save_weights(tmp_path / "remembers.safetensors", load_file(weights), description)
+    flags = [digits, "--checkpoint", tmp_path / "remembers.safetensors", "-j", 0]
+    assert run_main(validate, *flags).status == 0
+    outcome = run_main(validate, *flags, "--class-map", tmp_path / "map.txt")
+    assert outcome.status == 2
+    assert "the classes of the class map are not those of the checkpoint: number 0 is 9, not 0" in outcome.err

@@ -2,13 +2,14 @@
 
 import inspect
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from timm.data.readers.reader import Reader
 
 from litvit.data.dataset import Fault
-from litvit.data.listing import natural_order
+from litvit.data.listing import natural_order, shorten
 from litvit.data.streams import Encoded, Share, Source
 from litvit.errors import InputError, printable
 
@@ -55,15 +56,25 @@ def _choose(
     return wanted
 
 
+def _cache(name: str, root: str) -> str | None:
+    """Return the folder for the copies of `datasets`, None for its own: in a data set they would be read as data."""
+    if not root or not os.path.isdir(name):
+        return root or None
+    data, cache = os.path.realpath(name), os.path.realpath(root)
+    return None if os.path.commonpath((data, cache)) in (data, cache) else root
+
+
 def _open_bytes(image: Any) -> BinaryIO:
-    """Open an image that `datasets` has not decoded.
+    """Open an image that `datasets` has not decoded: its bytes, a path, or an address on the Hub or in an archive.
 
     Raises:
         OSError: no such file, or a row without an image.
     """
+    from datasets.utils.file_utils import xopen
+
     if not image or not (image.get("bytes") or image.get("path")):
         raise OSError("the row holds no image")
-    return io.BytesIO(image["bytes"]) if image.get("bytes") else open(image["path"], "rb")
+    return io.BytesIO(image["bytes"]) if image.get("bytes") else xopen(image["path"], "rb")
 
 
 def _names(kind: Any) -> list[str] | None:
@@ -94,7 +105,7 @@ class HuggingFaceRows(Reader):
 
         super().__init__()
         self.split = split
-        rows = datasets.load_dataset(name, split=split, cache_dir=root or None)
+        rows = datasets.load_dataset(name, split=split, cache_dir=_cache(name, root))
         self.image_key, self.target_key = find_columns(rows.features, input_key, target_key)
         self.rows = rows.cast_column(self.image_key, datasets.Image(decode=False))
         labels = rows.select_columns([self.target_key])[self.target_key][:]
@@ -110,6 +121,9 @@ class HuggingFaceRows(Reader):
             raise InputError(f"{split} of {name} holds no rows")
         names = names or [str(number) for number in range(max(labels) + 1)]
         self.targets, self.class_to_idx = labels, {label: number for number, label in enumerate(names)}
+        used = set(labels)
+        absent = [name for number, name in enumerate(names) if number not in used]
+        self.notes = [f"no rows of {len(absent)} of the {len(names)} classes: {shorten(absent)}"] if absent else []
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -139,7 +153,7 @@ class HuggingFaceStream(Source):
         import datasets
 
         self.split = split
-        rows = datasets.load_dataset(name, split=split, cache_dir=root or None, streaming=True)
+        rows = datasets.load_dataset(name, split=split, cache_dir=_cache(name, root), streaming=True)
         features = rows.features or {key: _Unknown(value) for key, value in next(iter(rows)).items()}
         self.image_key, self.target_key = find_columns(features, input_key, target_key)
         self.rows = rows.cast_column(self.image_key, datasets.Image(decode=False))
@@ -169,17 +183,19 @@ class HuggingFaceStream(Source):
             rows = rows.shuffle(**options)
         part = f" (part {share.number + 1} of {share.count})" if share.count > 1 else ""
         for number, row in enumerate(self._part(share.rank, share.world_size, rows)):
-            name = f"row {number} of {self.split}{part}"
+            # Its place is lost when a stream is shuffled. check_data tells it.
+            name = f"row {number} of {self.split}{part}" if seed is None else f"a row of {self.split}"
             path = (row[self.image_key] or {}).get("path")
             name += f" ({printable(path)})" if path else ""
-            label = row[self.target_key]
+            value = label = row[self.target_key]
             if self._source_names and isinstance(label, int) and label >= 0:
                 label = self.class_to_idx.get(self._source_names[label])
             elif isinstance(label, str):
                 label = self.class_to_idx.get(label)
             if type(label) is not int or label < 0:
-                reason = f"{name} has the class {row[self.target_key]!r} in {self.target_key}: it is no label"
-                yield Fault(name, reason if self.class_to_idx else f"{reason}; --class-map FILE numbers names")
+                hint = ", which the class map lacks" if self.class_to_idx else "; --class-map FILE numbers names"
+                reason = f"{name} has the class {value!r} in {self.target_key}"
+                yield Fault(name, f"{reason}{hint}" if isinstance(value, str) else f"{reason}: it is no label")
                 continue
             try:
                 yield Encoded(name, _open_bytes(row[self.image_key]), label)

@@ -24,7 +24,8 @@ _SHOWN = 3  # examples of what is left out
 def image_suffixes() -> set[str]:
     """Return the suffixes of files that the installed Pillow reads, such as ".jpg", in lower case."""
     formats = Image.registered_extensions()  # loads all of Pillow's formats
-    return {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in _NOT_DECODED}
+    suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN and name not in _NOT_DECODED}
+    return suffixes | {".mpo"}  # JPEG files of several pictures
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -39,7 +40,7 @@ def _sortable_number(match: re.Match) -> str:
 
 def shorten(names: Collection[str]) -> str:
     """Join the first few names for a message."""
-    shown = ", ".join(printable(name) for name in list(names)[:_SHOWN])
+    shown = ", ".join(printable(str(name)) for name in list(names)[:_SHOWN])
     return shown + (", ..." if len(names) > _SHOWN else "")
 
 
@@ -113,12 +114,26 @@ class ImageFiles(Reader):
         return os.path.join(self.root, name) if absolute else name
 
 
-def is_cut_off(path: str | Path) -> bool:
-    """Whether a .tar lacks its end, two blocks of zeros. `tarfile` does not tell when the rest is cut off a header."""
-    with open(path, "rb") as tar:
-        start, compressed = tar.read(6), (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-        tar.seek(max(0, tar.seek(0, os.SEEK_END) - 1024))
-        return not start.startswith(compressed) and tar.read().strip(b"\0") != b""
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a .tar.
+
+    Raises:
+        tarfile.ReadError: the .tar is cut off, a header is damaged, or another archive follows. `tarfile` takes all of
+            these for the end.
+    """
+    for member in tar:
+        tar.members = []  # tarfile keeps them all, which takes twice the memory of the listing
+        yield member
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it is cut off: fetch or pack it again")
+    if end.strip(b"\0"):
+        raise tarfile.ReadError(f"it is damaged from byte {tar.offset}: fetch or pack it again")
+    while end:
+        end = tar.fileobj.read(1 << 20)
+        if end.strip(b"\0"):
+            raise tarfile.ReadError("another archive follows its end: pack both as one")
 
 
 def class_folders(root: Path) -> list[str]:
@@ -185,40 +200,40 @@ class _FolderScan(_Scan):
             if one_per_class and prefix.partition("/")[0] in done:
                 continue
             try:
-                with os.scandir(folder) as listed:
-                    entries = list(listed)
+                listed = os.scandir(folder)
             except OSError as error:
                 if not prefix:
                     raise
                 self.leave_out("folders that cannot be listed", f"{prefix[:-1]} ({error.strerror})")
                 continue
-            for entry in entries:
-                path = prefix + entry.name
-                if self.hides(path, entry.name):
-                    continue
-                try:
-                    is_folder, is_link = entry.is_dir(), entry.is_symlink()
-                except OSError:  # a link to itself
-                    self.leave_out("links in a circle", path)
-                    continue
-                if is_folder:
-                    through = passed
-                    if is_link:
-                        target, through = os.path.realpath(entry.path), (*passed, os.path.realpath(folder))
-                        if any(f"{place}/".startswith(f"{target}/") for place in through):
-                            self.leave_out("links in a circle", path)
-                            continue
-                    self.folders.add(path)
-                    folders.append((entry.path, f"{path}/", through))
-                elif self.is_image(path):
-                    # A link that leads nowhere stays an image, which reading will name.
-                    if is_link or entry.is_file():
-                        yield path
-                        if one_per_class and prefix:
-                            done.add(prefix.partition("/")[0])
-                            break
-                    else:
-                        self.leave_out("pipes, sockets and devices", path)
+            with listed as entries:
+                for entry in entries:
+                    path = prefix + entry.name
+                    if self.hides(path, entry.name):
+                        continue
+                    try:
+                        is_folder, is_link = entry.is_dir(), entry.is_symlink()
+                    except OSError:  # a link to itself
+                        self.leave_out("links in a circle", path)
+                        continue
+                    if is_folder:
+                        through = passed
+                        if is_link:
+                            target, through = os.path.realpath(entry.path), (*passed, os.path.realpath(folder))
+                            if any(f"{place}/".startswith(f"{target}/") for place in through):
+                                self.leave_out("links in a circle", path)
+                                continue
+                        self.folders.add(path)
+                        folders.append((entry.path, f"{path}/", through))
+                    elif self.is_image(path):
+                        # A link that leads nowhere stays an image, which reading will name.
+                        if is_link or entry.is_file():
+                            yield path
+                            if one_per_class and prefix:
+                                done.add(prefix.partition("/")[0])
+                                break
+                        else:
+                            self.leave_out("pipes, sockets and devices", path)
 
 
 class _TarScan(_Scan):
@@ -229,17 +244,27 @@ class _TarScan(_Scan):
         self.places, self._links = {}, {}
         with tarfile.open(root, "r:") as tar:
             self._scan(tar, "", 0)
-        if is_cut_off(root):
-            raise tarfile.ReadError("it is cut off: fetch or pack it again")
-        for path, target in self._links.items():
-            if target in self.places:
-                self.places[path] = self.places[target]
-            else:
+        places = dict(self.places)
+        for path in self._links:
+            target, passed = path, set()
+            while target in self._links and target not in passed:
+                passed.add(target)
+                target = self._links[target]
+            inside = (
+                []
+                if f"{path}/".startswith(f"{target}/")
+                else [name for name in places if name.startswith(f"{target}/")]
+            )
+            for name in inside:  # a link to a folder
+                self.places[path + name[len(target) :]] = places[name]
+            if target in places and self.is_image(path):
+                self.places[path] = places[target]
+            elif target not in places and not inside:
                 self.leave_out("links to what the .tar does not hold", path)
         yield from self.places
 
     def _scan(self, tar: tarfile.TarFile, prefix: str, start: int) -> None:
-        for member in tar:
+        for member in tar_members(tar):
             path = prefix + os.path.normpath(member.name).lstrip("/")
             parts = path.split("/")
             if ".." in parts:
@@ -249,14 +274,21 @@ class _TarScan(_Scan):
             elif member.isdir():
                 self.folders.add(path)
             elif member.isreg() and path.lower().endswith(".tar"):
-                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                    self._scan(inner, f"{path[:-4]}/", start + member.offset_data)
+                try:
+                    with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                        self._scan(inner, f"{path[:-4]}/", start + member.offset_data)
+                except tarfile.TarError as error:
+                    raise tarfile.ReadError(f"{path} in it: {error}") from error
+            elif member.islnk() or member.issym():
+                # A hard link names a member, a symbolic one a path from its own folder.
+                base = os.path.dirname(path) if member.issym() else prefix
+                name = member.linkname if member.issym() else member.linkname.lstrip("/")
+                self._links[path] = os.path.normpath(os.path.join(base, name))
+                self.places.pop(path, None)  # of members with one name the last one counts
             elif not self.is_image(path):
                 continue
-            elif member.islnk() or member.issym():
-                base = os.path.dirname(path) if member.issym() else prefix
-                self._links[path] = os.path.normpath(os.path.join(base, member.linkname))
             elif not member.isreg() or member.issparse():
                 self.leave_out("pipes, devices and sparse files", path)
             else:
                 self.places[path] = start + member.offset_data, member.size
+                self._links.pop(path, None)

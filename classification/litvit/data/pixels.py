@@ -17,9 +17,18 @@ def is_16_bit(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
-def is_turned(image: Image.Image) -> bool:
-    """Whether a photograph is stored other than upright, by its EXIF orientation."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of a file as it is opened: 1 for upright, to 8.
+
+    It is 1 for TIFF files, which Pillow turns itself, and for EXIF data that is damaged, whatever Pillow raises.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Decoder:
 
     def size(self, image: Image.Image) -> tuple[int, int]:
         """Return the width and height that an opened file will have."""
-        if self.exif_transpose and image.getexif().get(ExifTags.Base.Orientation, 1) in _SWAPPED:
+        if self.exif_transpose and orientation(image) in _SWAPPED:
             return image.size[::-1]
         return image.size
 
@@ -64,7 +73,7 @@ class Decoder:
             Exception: whatever Pillow raises for a broken file.
         """
         image.load()
-        if self.exif_transpose and is_turned(image):
+        if self.exif_transpose and orientation(image) != 1:
             ImageOps.exif_transpose(image, in_place=True)
         if is_16_bit(image):
             values = np.asarray(image).astype(np.int32).clip(0, 65535)

@@ -15,11 +15,11 @@ from litvit.data.dataset import Images
 from litvit.data.hugging_face import HuggingFaceRows, HuggingFaceStream
 from litvit.data.listing import ImageFiles, class_folders, shorten
 from litvit.data.pixels import Decoder
-from litvit.data.streams import ImageStream, Source, TimmStream, WebDatasetShards
+from litvit.data.streams import ImageStream, Source, WebDatasetShards
 from litvit.errors import InputError, one_line, printable
 from litvit.settings import setting
 
-STREAMS: dict[str, type[Source]] = {"hfids": HuggingFaceStream, "wds": WebDatasetShards, "tfds": TimmStream}
+STREAMS: dict[str, type[Source]] = {"hfids": HuggingFaceStream, "wds": WebDatasetShards}
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "test", "eval")}
 # Readers of data sets by name, for --dataset: a function of (root, split) that returns a reader of timm's interface.
 OWN_READERS: dict[str, Callable[[str, str], Reader]] = {}
@@ -42,9 +42,7 @@ class DataConfig:
     """Images of a run, and the size of their batches."""
 
     data_dir: str
-    dataset: str = setting(
-        "", "READER", "hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME, or one of --import (folder or .tar)"
-    )
+    dataset: str = setting("", "READER", "hfds/NAME, hfids/NAME, wds/NAME, or one of --import (folder or .tar)")
     val_split: str = setting("val", "NAME", "split to validate on (val, validation or test)", "--val-split", "--split")
     val_num_samples: int | None = setting(None, "N", "length of a streamed validation set")
     class_map: str | None = setting(None, "FILE", "class names in the order of their numbers, one per line")
@@ -130,6 +128,8 @@ def open_images(
     numbers = read_class_map(config.class_map, root) if config.class_map else None
     kind, _, name = config.dataset.partition("/")
     kind = kind.lower()
+    if kind not in ("hfds", *STREAMS) and (config.input_key or config.target_key):
+        raise InputError("--input-key and --target-key are for hfds/, hfids/ and wds/: leave them out")
     if config.dataset in OWN_READERS:
         reader = OWN_READERS[config.dataset](root, split)
     elif not config.dataset:
@@ -139,13 +139,17 @@ def open_images(
         raise InputError(f"--dataset {config.dataset}: the readers are {known}")
     else:
         keys = {"input_key": config.input_key, "target_key": config.target_key}
+        if not name and kind != "wds":
+            raise InputError(f"--dataset {config.dataset} names no data set: {kind}/NAME")
         try:
             if kind == "hfds":
                 reader = HuggingFaceRows(name, split, root, **keys)
             else:
                 num_samples = config.train_num_samples if is_training else config.val_num_samples
                 source = STREAMS[kind](name, split, root, numbers=numbers, num_samples=num_samples, **keys)
-                return ImageStream(source, seed, decoder, is_training)
+                stream = ImageStream(source, seed, decoder, is_training)
+                stream.check()
+                return stream
         except ImportError as error:
             raise InputError(f"--dataset {config.dataset} needs a package: pip install {error.name}") from error
         except InputError:
@@ -153,6 +157,11 @@ def open_images(
         except Exception as error:  # the libraries raise many kinds of errors for what is missing or broken
             raise InputError(f"cannot read {split} of --dataset {config.dataset}: {one_line(error)}") from error
     images = Images(ImageDataset(root, reader=reader), seed, decoder)
+    if not config.dataset:
+        names = (name for name in (split, *SPLIT_NAMES.get(split, ())) if name not in ("test", "eval"))
+        others = [name for stem in dict.fromkeys(names) for name in (stem, f"{stem}.tar") if Path(root, name).exists()]
+        if len(others) > 1 and not or_itself:
+            images.notes.append(f"{others[0]} is read, and not {', '.join(others[1:])}")
     if numbers:
         number_classes(images, numbers, split, "the class map")
     return images
@@ -162,7 +171,8 @@ def _open_files(path: Path, known_classes: Collection[str]) -> ImageFiles:
     try:
         return ImageFiles(path, known_classes)
     except (OSError, tarfile.TarError) as error:
-        raise InputError(f"cannot read {printable(path)}: {one_line(error)}") from error
+        hint = "; only a .tar that is not compressed is read" if "invalid header" in str(error) else ""
+        raise InputError(f"cannot read {printable(path)}: {one_line(error)}{hint}") from error
 
 
 def read_class_map(file: str, root: str = "") -> dict[str, int]:
@@ -176,6 +186,8 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
         InputError: no such file, a name that comes twice, an empty line between names, a number that is not one.
     """
     path = file if os.path.exists(file) else os.path.join(root, file)
+    if not path.lower().endswith((".txt", ".pkl")):
+        raise InputError(f"the class map {file} is neither a .txt with one name per line nor a .pkl")
     try:
         if not path.lower().endswith(".txt"):
             numbers = load_class_map(path)
@@ -190,16 +202,12 @@ def read_class_map(file: str, root: str = "") -> dict[str, int]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot read the class map {file}: {one_line(error)}") from error
-    wrong = next((pair for pair in numbers.items() if type(pair[1]) is not int or pair[1] < 0), None)
-    if wrong or len(set(numbers.values())) < len(numbers) or not numbers:
-        what = (
-            f"{wrong[0]} has the number {wrong[1]!r}"
-            if wrong
-            else "two classes share a number"
-            if numbers
-            else "no class"
-        )
-        raise InputError(f"the class map {file}: {what}; every class needs a number of its own, from 0")
+    for name, number in numbers.items():
+        if type(number) is not int or number < 0:
+            raise InputError(f"the class map {file}: {name} has {number!r}, and not a whole number from 0")
+    if len(set(numbers.values())) < len(numbers) or not numbers:
+        what = "two classes share a number" if numbers else "it holds no class"
+        raise InputError(f"the class map {file}: {what}; every class needs a number of its own")
     return {str(name): number for name, number in numbers.items()}
 
 
@@ -317,6 +325,8 @@ def open_for_evaluation(
         check_class_numbers(class_list(images), classes, config.val_split, "those of the checkpoint")
         return images
     found = class_names(images)
+    if config.class_map and set(found or ()) & set(classes or ()):
+        check_class_numbers(class_list(images), classes, "the class map", "those of the checkpoint")
     if config.class_map or not found or not known:
         return images
     if len(found) == len(known) and not found.keys() & set(known):

@@ -4,11 +4,13 @@ import io
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import re
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
@@ -18,10 +20,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from litvit.data.augment import TrainTransform
 from litvit.data.dataset import Fault, Sample, blank_sample, transform_image, unreadable
-from litvit.data.listing import image_suffixes, is_cut_off, shorten
+from litvit.data.listing import image_suffixes, shorten, tar_members
 from litvit.data.pixels import Decoder
 from litvit.data.random_streams import Stream, random_stream
-from litvit.errors import InputError, one_line, printable
+from litvit.errors import InputError, printable
 
 
 class Share(NamedTuple):
@@ -47,13 +49,13 @@ class Encoded(NamedTuple):
     """An image that is not decoded yet."""
 
     name: str  # for messages
-    file: BinaryIO | Image.Image
+    file: BinaryIO
     target: int
 
     def open(self) -> Image.Image:
         """Open the image without decoding it. Raises InputError for one that cannot be read."""
         with unreadable(lambda: self.name):
-            return self.file if isinstance(self.file, Image.Image) else Image.open(self.file)
+            return Image.open(self.file)
 
 
 class Source:
@@ -152,6 +154,18 @@ class ImageStream(IterableDataset):
             else:
                 yield item
 
+    def check(self) -> None:
+        """Read until a sample is whole, so that wrong settings are found at the start.
+
+        Raises:
+            InputError: none of the first ten samples is whole, or there is none.
+        """
+        first = list(itertools.islice(self.read(), 10))
+        if not first:
+            raise InputError("there are no images in the stream")
+        if all(isinstance(item, Fault) for item in first):
+            raise InputError(first[0].reason)
+
     def __iter__(self) -> Iterator[Sample]:
         yield from self._read_training(self.share()) if self.is_training else self._read_once()
 
@@ -177,7 +191,7 @@ class ImageStream(IterableDataset):
                     return
             if done == before:
                 why = faults[0].reason if faults else "there is none"
-                raise InputError(f"no image of a share of the training images can be read: {why}")
+                raise InputError(f"none of the training images that are this process's can be read: {why}")
 
     def _read_once(self) -> Iterator[Sample]:
         for item in self.read():
@@ -202,7 +216,8 @@ class WebDatasetShards(Source):
         root: Folder or address of the shards.
         numbers: Class name to number, for classes that are stored by name.
         num_samples: Number of images, if `split` and _info.json do not say.
-        input_key: Suffixes of the images, separated by ";"; None for all that Pillow reads.
+        input_key: Suffixes of images, separated by ";", of which the first one that a sample has is taken. None for all
+            that Pillow reads, of which a sample has one.
         target_key: Field of .json that holds the class, None for .cls.
 
     Raises:
@@ -224,15 +239,21 @@ class WebDatasetShards(Source):
         import webdataset  # noqa: F401 - optional
 
         logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)  # it warns where _info.json is absent
-        reader = create_reader(f"wds/{name}", root, split, num_samples=num_samples, target_key=target_key)
+        try:
+            reader = create_reader(f"wds/{name}", root, split, num_samples=num_samples, target_key=target_key)
+        except RuntimeError as error:
+            shards = "as in 'train-{0000..1023}.tar'"
+            raise InputError(f"the split {split} is neither shards, {shards}, nor one of {root}/_info.json") from error
         self.num_samples = reader.num_samples or None
         self.class_to_idx = numbers or {}
         self.shards = [os.path.join(root, file) for file in reader.split_info.filenames]
-        self.image_keys = {key.lstrip(".") for key in (input_key.split(";") if input_key else image_suffixes())}
+        self.names_input = input_key is not None
+        self.input_keys = [key.lstrip(".") for key in (input_key.split(";") if input_key else sorted(image_suffixes()))]
         self.target_key = target_key or reader.split_info.alt_label
         missing = [shard for shard in self.shards if not re.match(r"\w+:", shard) and not os.path.exists(shard)]
         if missing:
-            raise InputError(f"{len(missing)} of {len(self.shards)} shards are missing: {shorten(missing)}")
+            hint = " (write {0000..0123} for numbers, not *)" if "*" in split else ""
+            raise InputError(f"{len(missing)} of {len(self.shards)} shards are missing: {shorten(missing)}{hint}")
 
     def num_shards(self, rank: int, world_size: int) -> int:
         """Return the number of shards that every rank has at least."""
@@ -253,7 +274,7 @@ class WebDatasetShards(Source):
         return samples
 
     def _samples(self, shard: str) -> Iterator[Encoded | Fault]:
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
         errors: list[Exception] = []
 
@@ -261,65 +282,64 @@ class WebDatasetShards(Source):
             errors.append(error)
             return True
 
-        for sample in tarfile_samples(iter([{"url": shard}]), note, select_files=_is_not_hidden):
-            yield self._encoded(f"{printable(sample['__key__'])} of {printable(shard)}", sample)
-        reasons = [f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}" for error in errors]
-        if not reasons and os.path.isfile(shard) and is_cut_off(shard):
-            reasons = ["it ends early"]
-        for reason in reasons:
-            yield Fault(printable(shard), f"cannot read the shard {printable(shard)} ({reason}): repair or replace it")
+        if re.match(r"\w+:", shard):
+            files = tar_file_expander(url_opener(iter([{"url": shard}]), note), note, select_files=_is_not_hidden)
+        else:
+            files = _files(shard, note)
+        for sample in group_by_keys(files, handler=note):
+            item = self._encoded(f"{printable(sample['__key__'])} of {printable(shard)}", sample)
+            if item is not None:
+                yield item
+        for error in errors:
+            reason = f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}"
+            says = f"cannot read the shard {printable(shard)} ({reason}): repair or replace it"
+            yield Fault(printable(shard), says, fatal=True)
 
-    def _encoded(self, name: str, sample: dict[str, Any]) -> Encoded | Fault:
+    def _encoded(self, name: str, sample: dict[str, Any]) -> Encoded | Fault | None:
+        """Return an image and its class, what is wrong with them, or None for a file that is neither."""
+        held = [key for key in sample if not key.startswith("__")]
+        shown = ", ".join(f".{printable(key)}" for key in held)
         # The key of "0001.rgb.png" is "0001", and its suffix "rgb.png".
-        suffixes = (key for key in sample if not self.image_keys.isdisjoint((key, key.rpartition(".")[2])))
-        image = sample.get(next(suffixes, ""))
-        held = ", ".join(f".{printable(key)}" for key in sample if not key.startswith("__"))
-        if image is None:
-            return Fault(name, f"the sample {name} has no image, but {held or 'nothing'}: --input-key names its suffix")
+        images = [key for wanted in self.input_keys for key in held if wanted in (key, key.rpartition(".")[2])]
+        if not images and not {"cls", "json"} & set(held):
+            return None
+        if not images or (len(images) > 1 and not self.names_input):
+            what = f"{len(images)} images" if images else "no image"
+            named = " of the --input-key" if self.names_input else ", and --input-key names the suffix of one"
+            return Fault(name, f"the sample {name} has {what}{named}; it has {shown}")
+        wanted = f"the field {self.target_key} of .json" if self.target_key else ".cls"
         try:
             fields = json.loads(sample["json"]) if self.target_key else {}
             value = fields[self.target_key] if self.target_key else sample["cls"].decode().strip()
-            target = self.class_to_idx[value] if value in self.class_to_idx else int(value)
-        except (KeyError, ValueError, TypeError) as error:
-            where = f"the field {self.target_key} of .json" if self.target_key else ".cls"
-            return Fault(name, f"the sample {name} has no class number in {where} ({one_line(error)}); it has {held}")
+        except (KeyError, ValueError, TypeError, UnicodeError):
+            hint = "" if self.target_key or "json" not in held else "; --target-key names a field of its .json"
+            return Fault(name, f"the sample {name} has no class in {wanted}; it has {shown}{hint}")
+        try:
+            if isinstance(value, str):
+                target = self.class_to_idx[value] if value in self.class_to_idx else int(value)
+            elif isinstance(value, bool):
+                raise TypeError(f"{value} is no number")
+            else:
+                target = operator.index(value)  # raises for 0.93, which int() makes class 0
+        except (ValueError, TypeError):
+            target = -1
         if target < 0:
-            return Fault(name, f"the sample {name} has the class {target}: no label")
-        return Encoded(name, io.BytesIO(image), target)
+            hint = "the class map lacks it" if self.class_to_idx else "--class-map numbers names"
+            return Fault(name, f"the sample {name} has the class {value!r} in {wanted}, and no class number: {hint}")
+        return Encoded(name, io.BytesIO(sample[images[0]]), target)
+
+
+def _files(shard: str, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """Yield the files of a shard on the disk, as `webdataset.tariterators` does, but tell of damage that it misses."""
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar_members(tar):
+                if member.isreg() and _is_not_hidden(member.name):
+                    content = tar.extractfile(member).read()
+                    yield {"fname": member.name, "data": content, "__url__": shard}
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        note(error)
 
 
 def _is_not_hidden(path: str) -> bool:
     return not any(part.startswith(".") and part != "." for part in path.split("/"))
-
-
-class TimmStream(Source):
-    """A stream of another reader of timm, TensorFlow Datasets, which decodes images and shares them out itself.
-
-    Args:
-        name: Name of the data set.
-        split: Name of the split.
-        root: Folder of the data.
-        num_samples: Number of images, if the reader does not say.
-        kwargs: Keywords of other sources, without effect.
-
-    Raises:
-        ImportError: the package of the data sets is not installed.
-    """
-
-    kind = "tfds"
-
-    def __init__(self, name: str, split: str, root: str, *, num_samples: int | None = None, **kwargs):
-        self._open = partial(create_reader, f"{self.kind}/{name}", root, split, num_samples=num_samples)
-        self.split, self._readers = split, {False: self._open(is_training=False)}
-        self.num_samples = num_samples or self._readers[False].num_samples
-        self.class_to_idx = dict(getattr(self._readers[False], "class_to_idx", None) or {})
-
-    def read(self, share: Share, seed: int | None) -> Iterator[Encoded]:
-        """Read the share that timm's reader has chosen."""
-        is_training = seed is not None
-        reader = self._readers.get(is_training) or self._open(is_training=is_training)
-        self._readers[is_training] = reader
-        if is_training:
-            reader.set_epoch(seed)
-        for number, (image, target) in enumerate(reader):
-            yield Encoded(f"image {number} of {self.split}", image, int(target))

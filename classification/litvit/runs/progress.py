@@ -114,8 +114,9 @@ class Saver:
         due = progress.step % self.every == 0 if by_steps else time.monotonic() - self.last_save > self.every
         due = due and self.processes.primary and progress.steps_in_epoch < self.steps_per_epoch
         for fault in faults:
-            logger.warning("%s; another image takes its place", fault.reason)
-        progress.unreadable += [fault.path for fault in faults]
+            if fault.path not in progress.unreadable:  # it may have been drawn again, in the place of another
+                logger.warning("%s; another image takes its place", fault.reason)
+                progress.unreadable.append(fault.path)
         stop, due, count = self.processes.sum(self.signals.received is not None, due, len(progress.unreadable))
         if count > self.limit:
             names = self.processes.gather(progress.unreadable)

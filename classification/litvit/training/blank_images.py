@@ -1,6 +1,7 @@
 """Blank images for a model before the first real ones: wrong settings are found before anything is written."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,9 @@ from litvit.data.dataset import Labels
 from litvit.data.token_labels import TokenLabels, soft_targets
 from litvit.errors import InputError, is_from_user_code
 from litvit.training.model import ModelConfig, PrecisionConfig
+
+# Errors of a device, of communication, or a lack of memory, which no setting mends. `torch.AcceleratorError` is new.
+_OF_THE_MACHINE = re.compile(r"CUDA error|NCCL|can't allocate memory|cudaError").search
 
 
 def check_scores(
@@ -42,6 +46,8 @@ def check_scores(
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != 2 or shape[1] < num_classes:
             raise InputError(f"for 2 images and {num_classes} classes its scores are {shape}, not (2, {num_classes})")
+    if not scores.isfinite().all():
+        raise InputError(f"the scores of {config.model} are not finite for blank images: its weights are broken")
 
 
 def blank_targets(number: int, num_classes: int, token_labels: TokenLabels | None, device: torch.device) -> Tensor:
@@ -93,10 +99,9 @@ def wrong_settings(doing: str, config: ModelConfig, precision: PrecisionConfig) 
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # wrong shapes make torch and timm raise nearly anything
-        if is_from_user_code(error):
+    # Wrong shapes make torch and timm raise nearly anything.
+    except (ValueError, TypeError, LookupError, AssertionError, ArithmeticError, RuntimeError) as error:
+        if is_from_user_code(error) or isinstance(error, torch.cuda.OutOfMemoryError) or _OF_THE_MACHINE(str(error)):
             raise
         amp = f", --amp-dtype {precision.amp_dtype}" if precision.amp else ""
         reason = " ".join(str(error).split()) or type(error).__name__

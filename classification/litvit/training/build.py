@@ -10,7 +10,7 @@ from litvit.data.random_streams import Stream, seed_everything
 from litvit.data.token_labels import TokenLabels
 from litvit.errors import InputError
 from litvit.processes import Processes, is_primary, start_processes
-from litvit.runs.folder import RunFolder
+from litvit.runs.folder import RunFolder, read_description
 from litvit.training.config import Config
 from litvit.training.model import ModelConfig, build_model, data_settings, image_size
 from litvit.training.optimizer import create_optim
@@ -39,6 +39,7 @@ def build_trainer(config: Config) -> Trainer:
     model = build_model(config.model, data.num_classes)
     if config.model.initial_checkpoint and resumed is None:
         load_weights(model, config.model.initial_checkpoint, new_classifier=True)
+        data.train.notes += _differences(config.model, data.classes)
     model.to(processes.device)
     data_config = data_settings(config.model, model)
 
@@ -85,6 +86,19 @@ def build_trainer(config: Config) -> Trainer:
         task.prepare_distributed(device_ids=[processes.device] if processes.device.type == "cuda" else None)
     trainer.guard.watch(model)
     return trainer
+
+
+def _differences(config: ModelConfig, classes: list[str] | None) -> list[str]:
+    """Return sentences on how the images differ from those that the initial checkpoint was trained on."""
+    file, notes = config.initial_checkpoint, []
+    description = read_description(file)
+    known = description.get("classes")
+    if known and classes and len(known) == len(classes) and known != classes:
+        notes.append(f"the classifier of {file} starts with other classes: number 0 was {known[0]}, is {classes[0]}")
+    if description and bool(description.get("exif_transpose")) != config.exif_transpose:
+        flag = "--exif-transpose" if description.get("exif_transpose") else "--no-exif-transpose"
+        notes.append(f"the weights of {file} were trained with {flag}")
+    return notes
 
 
 def _check_same_checkpoint(processes: Processes, resumed: dict[str, Any] | None, folder: RunFolder) -> None:

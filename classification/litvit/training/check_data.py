@@ -4,7 +4,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
@@ -13,10 +12,11 @@ from litvit.cli import ArgumentParser, import_modules, run
 from litvit.data.dataset import Fault, Images, unreadable
 from litvit.data.listing import shorten
 from litvit.data.loader import default_workers
-from litvit.data.pixels import Decoder, is_16_bit, is_turned
+from litvit.data.pixels import Decoder, is_16_bit, orientation
 from litvit.data.readers import DataConfig, open_train_and_val
 from litvit.data.streams import ImageStream
 from litvit.errors import InputError
+from litvit.processes import leave_signals_to_the_trainer
 from litvit.settings import add_flags, take
 from litvit.training.flags import HelpFormatter
 from litvit.training.model import ModelConfig
@@ -30,7 +30,7 @@ Findings = list[tuple[str, str]]  # what is to be said of an image: kind, and a 
 def _examine(open_image: Callable[[], Image.Image], name: Callable[[], str], decoder: Decoder) -> Findings:
     try:
         image = open_image()
-        kinds = {SCALED: is_16_bit(image), TURNED: not decoder.exif_transpose and is_turned(image)}
+        kinds = {SCALED: is_16_bit(image), TURNED: not decoder.exif_transpose and orientation(image) != 1}
         with unreadable(name):
             decoder(image)
     except InputError as error:
@@ -81,9 +81,13 @@ def check_images(images: Images | ImageStream, workers: int, name: str = "images
         examined = _ExaminedStream(images)
     else:
         examined = _Examined(images)
-    # One thread per process, and no tensors: lists of strings come back.
-    loader = DataLoader(examined, batch_size=64, num_workers=workers, collate_fn=list)
-    torch.set_num_threads(1)
+    loader = DataLoader(
+        examined,
+        batch_size=64,
+        num_workers=workers,
+        collate_fn=list,  # lists of strings, no tensors
+        worker_init_fn=leave_signals_to_the_trainer,
+    )
     count, found = 0, defaultdict(list)
     with tqdm(total=len(images) or None, desc=name, unit="image") as bar:
         for batch in loader:
@@ -116,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, images in ((config.train_split, train), (config.val_split, val)):
         count, findings = check_images(images, workers, split)
         counts.append(count)
+        if not count:
+            raise InputError(f"{split} has no images")
         notes += [f"{split}: {note}" for note in images.notes]
         if len(images) not in (0, count):
             notes.append(f"{split}: there are {count} images, not the {len(images)} that are announced")

@@ -65,9 +65,11 @@ def evaluate(
     reasons = list(dict.fromkeys(processes.gather([fault.reason for fault in faults])))  # padding repeats images
     if reasons:
         more = f"; and {len(reasons) - MAX_NAMED} more" if len(reasons) > MAX_NAMED else ""
-        count = f"{len(reasons)} images cannot be read: " if len(reasons) > 1 else ""
+        count = f"{len(reasons)} images cannot be used: " if len(reasons) > 1 else ""
         raise InputError(f"{count}{'; '.join(reasons[:MAX_NAMED])}{more}")
     (metrics["images"],) = map(int, processes.sum(evaluator.num_samples))
+    if not metrics["images"]:
+        raise InputError("there are no images to evaluate")
     expected = len(getattr(loader, "dataset", ()))
     if expected and metrics["images"] != expected:
         logger.warning("%d images were evaluated, not the %d that were announced", metrics["images"], expected)

@@ -80,7 +80,7 @@ def add_precision_flags(parser: argparse.ArgumentParser, training: bool = True) 
 
 POSITIVE = (
     *("batch_size", "val_batch_size", "grad_accum_steps", "epochs", "num_classes", "img_size", "in_chans"),
-    *("log_interval", "lr_base_size", "recount", "token_label_size", "dry_run"),
+    *("train_num_samples", "val_num_samples", "log_interval", "lr_base_size", "recount", "token_label_size", "dry_run"),
 )
 NOT_NEGATIVE = (
     *("seed", "workers", "warmup_epochs", "cooldown_epochs", "aug_repeats", "weight_decay", "mixup", "cutmix"),

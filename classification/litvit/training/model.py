@@ -210,7 +210,10 @@ def data_settings(config: ModelConfig, model: nn.Module) -> dict:
     for name in ("mean", "std"):
         values = getattr(config, name)
         if values is not None and len(values) not in (1, config.in_chans):
-            raise InputError(f"--{name} has {len(values)} values, the images {config.in_chans} channels (--in-chans)")
+            raise InputError(
+                f"images of {config.in_chans} channels (--in-chans) need --mean and --std with 1 value"
+                f"{f' or {config.in_chans}' if config.in_chans > 1 else ''}: --{name} has {len(values)}"
+            )
         if values is not None and not all(map(math.isfinite, values)):
             raise InputError(f"--{name} must be finite, not {values}")
     if config.std is not None and min(config.std) <= 0:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -338,7 +339,9 @@ def encode(label: Tensor) -> bytes:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name, and rename it. It is not flushed: a truncated file is made again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(
+        f".{os.getpid()}.{threading.get_ident()}.tmp"
+    )  # short: the name may be as long as can be
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

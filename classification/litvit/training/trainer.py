@@ -21,6 +21,7 @@ from torch import Tensor
 from litvit.data.dataset import Fault
 from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches
 from litvit.data.random_streams import Stream, random_stream, seed_everything
+from litvit.data.readers import check_class_numbers
 from litvit.data.streams import ImageStream
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
@@ -103,6 +104,8 @@ class Trainer:
         counts = {"total_batch": self.total_batch, "number of training images": len(self.train_batches.dataset)}
         held = {"total_batch": state["total_batch"], "number of training images": state["num_images"]}
         check_same_run(self.folder, state["settings"] | held, self._settings() | counts)
+        theirs, ours = (description.get("classes") for description in (state["description"], self.description))
+        check_class_numbers(ours, theirs, self.config.data.data_dir, f"those of {self.folder}")
         try:
             self.task.load_checkpoint_state(state["state_dict"])
             if self.task.has_ema():
@@ -299,8 +302,8 @@ class Trainer:
         return loss.detach()
 
     def _stop_at_fatal(self, faults: list[Fault]) -> None:
-        """Save, and raise InputError, before a step for which a process could not read a label file."""
-        if not self.config.token_labels.token_label:
+        """Save, and raise InputError, before a step for which a process could not read a label file or a shard."""
+        if not self.config.token_labels.token_label and not isinstance(self.train_batches, StreamedBatches):
             return
         fatal = [fault.reason for fault in faults if fault.fatal]
         (count,) = self.processes.sum(len(fatal))

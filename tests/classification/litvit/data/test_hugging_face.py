@@ -1,5 +1,7 @@
 """Columns, classes and rows of Hugging Face data, in memory and streamed."""
 
+import zipfile
+
 import datasets
 import pytest
 import torch
@@ -161,10 +163,48 @@ def test_processes_share_a_stream(make, tmp_path):
 def test_a_stream_of_strings_takes_a_class_map(make, tmp_path):
     folder = make(kind=(STRING, ["owl", "ant", "cat"]))
     config = config_of(folder, tmp_path, "hfids", num_classes=3)
-    unnumbered = open_images(config, "train")
-    unnumbered.transform = lambda image: image.size
-    assert all("--class-map FILE numbers names" in sample.faults[0].reason for sample in unnumbered)
+    with pytest.raises(InputError, match="row 0 of train has the class 'owl' in kind; --class-map FILE numbers names"):
+        open_images(config, "train")
+    (tmp_path / "map.txt").write_text("cat\nant\n")
+    with_map = open_images(config_of(folder, tmp_path, "hfids", class_map=str(tmp_path / "map.txt")), "train")
+    with_map.transform = lambda image: image.size
+    assert "'owl' in kind, which the class map lacks" in next(iter(with_map)).faults[0].reason
     (tmp_path / "map.txt").write_text("cat\nant\nowl\n")
     images = open_images(config_of(folder, tmp_path, "hfids", class_map=str(tmp_path / "map.txt")), "train")
     images.transform = lambda image: image.size
     assert [sample.target for sample in images][:3] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("reader", ["hfds", "hfids"])
+def test_images_in_an_archive(digits, tmp_path, reader):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for name in "34":
+            zipped.write(next((digits / "train" / name).iterdir()), f"{name}.png")
+    types = datasets.Features({"image": datasets.Image(), "label": INTEGER})
+    rows = [{"bytes": None, "path": f"zip://{name}.png::{archive}"} for name in "34"]
+    (tmp_path / "set").mkdir()
+    table = datasets.Dataset.from_dict({"image": rows, "label": [0, 1]}, features=types)
+    table.to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    images = open_images(config_of(tmp_path / "set", tmp_path, reader), "train")
+    images.transform = lambda image: image.size
+    samples = [images[0], images[1]] if reader == "hfds" else [(sample.pixels, sample.target) for sample in images]
+    assert samples == [((32, 32), 0), ((32, 32), 1)]
+
+
+def test_copies_are_not_kept_in_the_data_itself(make):
+    folder = make(label=(NAMED, [0, 1, 2]))
+    before = sorted(folder.parent.rglob("*"))
+    for root in (folder, folder.parent):
+        for _ in range(2):
+            train, _, _ = open_train_and_val(config_of(folder, root.parent, val_split="validation"))
+            config = DataConfig(str(root), dataset=f"hfds/{folder}", val_split="validation")
+            train, _, _ = open_train_and_val(config)
+            assert len(train) == 12
+    assert sorted(path for path in folder.parent.rglob("*") if "cache" not in str(path)) == before
+
+
+def test_classes_without_rows_are_told(make, tmp_path):
+    train, _, num_classes = open_train_and_val(config_of(make(label=(INTEGER, [1, 3])), tmp_path))
+    assert num_classes == 4
+    assert train.notes == ["no rows of 2 of the 4 classes: 0, 2"]

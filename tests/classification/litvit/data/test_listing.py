@@ -1,5 +1,6 @@
 """What is an image, of which class, and what is left out with a sentence."""
 
+import io
 import os
 import shutil
 import socket
@@ -229,3 +230,57 @@ def test_a_tar_that_is_cut_off_is_refused_wherever_the_cut_is(root):
         path.write_bytes(whole[:size])
         with pytest.raises(tarfile.ReadError):
             ImageFiles(path)
+
+
+def test_of_members_with_one_name_the_last_one_counts_and_links_lead_to_links(tmp_path):
+    def add(tar, name, content=None, link=None):
+        info = tarfile.TarInfo(name)
+        if link:
+            info.type, info.linkname = tarfile.SYMTYPE, link
+        info.size = len(content or b"")
+        tar.addfile(info, io.BytesIO(content or b""))
+
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "a/1.jpg", link="../b/1.jpg")
+        add(tar, "b/1.jpg", b"old")
+        add(tar, "a/1.jpg", b"new")
+        for number in (1, 2):  # before and after what they lead to
+            add(tar, f"c/{number}.jpg", link=f"{number + 1}.jpg")
+        add(tar, "c/3.jpg", b"end")
+        add(tar, "c/4.jpg", link="2.jpg")
+        add(tar, "c/5.jpg", link="6.jpg")
+        add(tar, "c/6.jpg", link="5.jpg")
+    images = ImageFiles(tmp_path / "train.tar")
+    assert {name: images[index][0].read() for index, name in enumerate(images.names)} == {
+        "a/1.jpg": b"new",
+        "b/1.jpg": b"old",
+        **{f"c/{number}.jpg": b"end" for number in (1, 2, 3, 4)},
+    }
+    assert images.notes == ["left out 2 links to what the .tar does not hold: c/5.jpg, c/6.jpg"]
+
+
+def test_a_tar_that_is_damaged_or_followed_by_another_is_refused(root):
+    path = pack(root)
+    whole = path.read_bytes()
+    place = whole.index(b"dog/1.jpg")
+    path.write_bytes(whole[:place] + b"x" * 200 + whole[place + 200 :])
+    with pytest.raises(tarfile.ReadError, match="it is damaged from byte|invalid header"):
+        ImageFiles(path)
+    path.write_bytes(whole + whole)
+    with pytest.raises(tarfile.ReadError, match="another archive follows its end"):
+        ImageFiles(path)
+
+
+def test_a_link_to_a_folder_in_a_tar_is_a_class(root):
+    (root / "owl").symlink_to("dog", target_is_directory=True)
+    (root / "cat" / "up").symlink_to("..", target_is_directory=True)
+    images = ImageFiles(pack(root))
+    assert images.class_to_idx == {"cat": 0, "dog": 1, "owl": 2}
+    assert {"owl/1.jpg", "owl/2.jpg"} < set(images.names)
+    assert images.notes == ["left out 1 links to what the .tar does not hold: cat/up"]
+
+
+def test_a_broken_tar_in_a_tar_is_named(root):
+    (root / "owl.tar").write_bytes(b"no archive" * 200)
+    with pytest.raises(tarfile.ReadError, match="owl.tar in it"):
+        ImageFiles(pack(root))

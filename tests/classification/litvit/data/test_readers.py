@@ -163,7 +163,7 @@ def test_a_bug_in_an_augmentation_of_ones_own_is_not_an_unreadable_image(digits)
         (b"cat\ndog\nowI\n", "train has 1 classes that the class map lacks: owl"),
         (b"cat\ndog\n", "train has 1 classes that the class map lacks: owl"),
         ("cat\ndog\nöwl\n".encode("utf-16"), "cannot read the class map"),
-        (b"", "no class"),
+        (b"", "it holds no class"),
     ],
 )
 def test_a_class_map_is_right_or_refused(tmp_path, content, says):
@@ -189,8 +189,8 @@ def test_a_class_map_is_right_or_refused(tmp_path, content, says):
     [
         ({"a": 1, "b": 0}, None),
         ({"a": 1, "b": 1}, "two classes share a number"),
-        ({"a": -1, "b": 0}, "a has the number -1"),
-        ({"a": "x", "b": 0}, "a has the number 'x'"),
+        ({"a": -1, "b": 0}, "a has -1, and not a whole number"),
+        ({"a": "x", "b": 0}, "a has 'x', and not a whole number"),
         (["a", "b"], "cannot read the class map"),
     ],
 )

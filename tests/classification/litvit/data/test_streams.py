@@ -4,7 +4,6 @@ import io
 import json
 import re
 import tarfile
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from litvit.data.augment import AUGMENTATIONS, AugmentConfig
 from litvit.data.loader import eval_loader, train_loader
 from litvit.data.readers import DataConfig, open_for_evaluation, open_images, open_train_and_val
-from litvit.data.streams import ImageStream, TimmStream
 from litvit.errors import InputError
 from litvit.processes import Processes
 from litvit.training.evaluate import evaluate
@@ -121,6 +119,42 @@ def test_an_augmentation_of_ones_own_and_wrong_settings(shards, monkeypatch):
         open_train_and_val(config_of(shards, num_classes=None))
 
 
+def test_samples_of_a_shard_that_is_damaged_in_the_middle_are_missed(shards):
+    """`tarfile` takes a damaged header for the end of the archive."""
+    path = shards / "train-0002.tar"
+    content = bytearray(path.read_bytes())
+    place = content.index(b"0037.png")
+    content[place : place + 200] = b"x" * 200
+    path.write_bytes(content)
+    batches, _ = batches_of(config_of(shards))
+    faults = {fault.path: fault for batch in batches for fault in batch.faults}
+    assert f"(ReadError: it is damaged from byte {place}: fetch" in faults[str(path)].reason
+    assert faults[str(path)].fatal
+
+
+def test_wrong_settings_are_found_at_the_start(shards):
+    for flags, says in (
+        ({"target_key": "kind"}, "has no class in the field kind of .json; it has .png, .cls"),
+        ({"input_key": "jpg"}, "has no image of the --input-key; it has .png, .cls"),
+        ({"val_split": "val"}, "the split val is neither shards, as in"),
+        ({"val_split": "val-*.tar"}, "1 of 1 shards are missing: .*write {0000..0123} for numbers, not"),
+    ):
+        with pytest.raises(InputError, match=says):
+            open_train_and_val(config_of(shards, **flags))
+    write_shard(shards / "val-0000.tar", [("README", {"md": b"words"})])
+    with pytest.raises(InputError, match="there are no images in the stream"):
+        open_train_and_val(config_of(shards))
+
+
+def test_files_that_are_no_samples_are_passed_over(digits, shards):
+    image = next((digits / "train").rglob("*.png")).read_bytes()
+    samples = [("README", {"md": b"words"}), ("._a", {"png": b"mac"}), ("a", {"png": image, "cls": b"1"})]
+    write_shard(shards / "val-0000.tar", samples)
+    images = open_images(config_of(shards), "val-{0000..0000}.tar")
+    images.transform = lambda image: image.size
+    assert [(sample.target, sample.faults) for sample in images] == [(1, [])]
+
+
 def test_missing_shards_are_named(shards):
     with pytest.raises(InputError, match=r"3 of 6 shards are missing: .*train-0003.tar, .*train-0004.tar"):
         open_train_and_val(config_of(shards, train_split="train-{0000..0005}.tar"))
@@ -130,11 +164,15 @@ def broken_samples(digits):
     image = next((digits / "train").rglob("*.png")).read_bytes()
     return {
         "bad-image": ({"jpg": b"no image", "cls": b"1"}, "cannot read the image bad-image of .*tar"),
-        "no-image": ({"txt": b"words", "cls": b"1"}, "no-image of .*tar has no image, but .txt, .cls"),
-        "no-class": ({"png": image}, "no-class of .*tar has no class number in .cls"),
-        "bad-class": ({"png": image, "cls": b"owl"}, "bad-class of .*tar has no class number"),
+        "no-image": ({"txt": b"words", "cls": b"1"}, "no-image of .*tar has no image, .*; it has .txt, .cls"),
+        "two-images": (
+            {"mask.png": image, "png": image, "cls": b"1"},
+            "two-images of .*tar has 2 images",
+        ),
+        "no-class": ({"png": image}, "no-class of .*tar has no class in .cls; it has .png"),
+        "bad-class": ({"png": image, "cls": b"owl"}, "bad-class of .*tar has the class 'owl' .*: --class-map numbers"),
         "big-class": ({"png": image, "cls": b"10"}, "big-class of .*tar has the class 10, but there are 10"),
-        "no-label": ({"png": image, "cls": b"-1"}, "no-label of .*tar has the class -1"),
+        "no-label": ({"png": image, "cls": b"-1"}, "no-label of .*tar has the class '-1'"),
     }
 
 
@@ -155,7 +193,7 @@ def test_broken_training_samples_are_named_and_replaced(digits, shards, workers)
 def test_a_share_without_a_readable_image_ends_with_a_line(shards):
     for number in range(3):
         write_shard(shards / f"train-{number:04d}.tar", [("a", {"jpg": b"no image", "cls": b"1"})])
-    with pytest.raises(InputError, match="can be read: cannot read the image a of .*train-"):
+    with pytest.raises(InputError, match="this process's can be read: cannot read the image a of .*train-"):
         batches_of(config_of(shards))
 
 
@@ -170,7 +208,7 @@ def test_broken_validation_samples_are_all_named(digits, shards, workers):
     images = open_for_evaluation(config_of(shards), None)
     images.num_classes = 10
     loader = eval_loader(images, EVAL_CONFIG, processes, batch_size=4, workers=workers)
-    with pytest.raises(InputError, match="6 images cannot be read: ") as raised:
+    with pytest.raises(InputError, match="7 images cannot be used: ") as raised:
         evaluate(model, loader, processes, torch.no_grad)
     assert all(key in str(raised.value) for key in broken_samples(digits))
     write_shard(shards / "val-0000.tar", samples[:9])
@@ -194,19 +232,14 @@ def test_keys_suffixes_and_names_of_classes(digits, tmp_path):
     one = open_images(replace(config, input_key="rgb.png"), config.val_split)
     one.transform = lambda image: image.size
     assert [len(sample.faults) for sample in one] == [0, 1]
+    first = open_images(replace(config, input_key="jpg;png"), config.val_split)
+    first.transform = lambda image: image.size
+    assert [len(sample.faults) for sample in first] == [0, 0]
 
 
-class _TimmsHuggingFace(TimmStream):
-    """Reads what can be had without TensorFlow."""
-
-    kind = "hfids"
-
-
-def test_streams_of_timms_other_readers(digits, tmp_path):
-    source = _TimmsHuggingFace(str(digits), "validation", str(tmp_path), num_samples=40)
-    assert source.num_samples == 40
-    images = ImageStream(source)
-    images.transform = lambda image: image.size
-    samples = list(images)
-    assert Counter(sample.target for sample in samples) == dict.fromkeys(range(10), 4)
-    assert {sample.pixels for sample in samples} == {(32, 32)}
+@pytest.mark.parametrize("value", [0.93, True, None, [1], "owl", 1e400, {}])
+def test_what_is_no_class_number_is_a_fault(digits, tmp_path, value):
+    image = next((digits / "train").rglob("*.png")).read_bytes()
+    write_shard(tmp_path / "val-0000.tar", [("a", {"png": image, "json": json.dumps({"score": value}).encode()})])
+    with pytest.raises(InputError, match="the sample a of .* class .*in the field score of .json"):
+        open_images(config_of(tmp_path, target_key="score"), "val-{0000..0000}.tar")

@@ -354,7 +354,7 @@ def changed(index, value):
     [
         (Path.unlink, "no label file {file}: make_token_labels.py"),
         (lambda file: shutil.rmtree(file.parent), "no label file {file} and 7 more: make_token_labels.py"),
-        (holds_code, "{file} is a plain pickle or holds code, which was not run"),
+        (holds_code, "{file} is a plain pickle or holds code"),
         (lambda file: file.write_bytes(b""), "{file} is empty"),
         (lambda file: file.write_bytes(file.read_bytes()[:300]), "{file} is no checkpoint, or a truncated one"),
         (lambda file: torch.save({"a": 1}, file), "{file} holds dict, not scores and classes, (2, K, H, W)"),

@@ -28,6 +28,9 @@ def test_check_data_tells_what_is_left_out_scaled_and_turned(digits_copy, run_ma
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (9, 9)).save(digits_copy / "val" / "4" / "turned.jpg", exif=exif)
+    damaged = digits_copy / "val" / "4" / "damaged.png"  # a sound image, whose EXIF data cannot be read
+    Image.new("RGB", (9, 9)).save(damaged, exif=b"garbagegarbage")
+    Image.new("RGB", (9, 9)).save(digits_copy / "val" / "4" / "upright.tif", exif=exif)  # Pillow turns it itself
     (digits_copy / "val" / "4" / ".DS_Store").touch()
     (digits_copy / "val" / "4" / "notes.txt").touch()
     outcome = run_main(check_data, digits_copy, "-j", 0)
@@ -36,7 +39,7 @@ def test_check_data_tells_what_is_left_out_scaled_and_turned(digits_copy, run_ma
     assert re.search(r"1 images are photographs that are not stored upright .*: .*val/4/turned.jpg", outcome.out)
     assert "val: left out 1 hidden files and folders: 4/.DS_Store" in outcome.out
     assert "val: left out 1 files that are not images (.txt): 4/notes.txt" in outcome.out
-    assert "81 + 41 images in 10 classes: 0 cannot be decoded" in outcome.out
+    assert "81 + 43 images in 10 classes: 0 cannot be decoded" in outcome.out
     (digits_copy / "train" / "3" / "deep.png").unlink()
     assert run_main(check_data, digits_copy, "-j", 0).status == 0
     assert "photographs" not in run_main(check_data, digits_copy, "-j", 0, "--exif-transpose").out

@@ -290,19 +290,26 @@ def test_a_validation_that_is_not_finite_is_not_the_best(flags, tmp_path, wrong)
     assert torch.load(tmp_path / "run" / CHECKPOINT)["best_top1"] == 20
 
 
-def test_a_run_that_was_never_finite_has_no_best_weights(flags, tmp_path, tiny_flags, capsys):
-    """Weights whose running statistics are broken: training, on the batch's own, does not see it."""
-    assert run(*flags, "--epochs", 1, "--experiment", "whole") == 0
-    weights = load_file(tmp_path / "whole" / BEST_WEIGHTS)
-    weights["stages.1.downsample.norm.running_mean"].fill_(torch.nan)
-    save_file(weights, tmp_path / "broken.safetensors")
-    capsys.readouterr()
-    assert run(*flags, "--initial-checkpoint", tmp_path / "broken.safetensors") == 0
+def test_a_run_that_was_never_finite_has_no_best_weights(flags, tmp_path, capsys):
+    trainer = train.build_trainer(parse_config(flags))
+    validate = trainer.validate
+    trainer.validate = lambda: {**validate(), "loss": torch.nan}
+    assert trainer.run() == 0
     out = capsys.readouterr().out
     assert len(re.findall(r"epoch [12]: not a candidate for the best weights, .* not finite \(loss nan", out)) == 2
     assert len(re.findall(r"epoch [12]: train loss [\d.]+, val loss nan, .* best top1 none\n", out)) == 2
     assert f"the run has ended: no validation was finite, so {tmp_path / 'run'} has no best weights\n" in out
     assert not (tmp_path / "run" / BEST_WEIGHTS).exists()
+
+
+def test_weights_that_are_not_finite_are_refused_before_a_run(flags, tmp_path, run_main):
+    assert run(*flags, "--epochs", 1, "--experiment", "whole") == 0
+    weights = load_file(tmp_path / "whole" / BEST_WEIGHTS)
+    weights["stages.1.downsample.norm.running_mean"].fill_(torch.nan)
+    save_file(weights, tmp_path / "broken.safetensors")
+    outcome = run_main(train, *flags, "--initial-checkpoint", tmp_path / "broken.safetensors")
+    assert outcome.status == 2
+    assert "the scores of lit_ti are not finite for blank images: its weights are broken" in outcome.err
 
 
 def test_an_unreadable_image_is_replaced_and_counted(digits_copy, tmp_path, tiny_flags, capsys):
@@ -345,7 +352,7 @@ def test_broken_validation_images_are_all_named_and_the_trained_epoch_is_saved(
     script = ["train.py"] if processes == 1 else ["distributed_train.sh", processes]
     outcome = run_script(*script, *flags)
     assert outcome.status == 2, outcome.err
-    assert "error: 3 images cannot be read: " in outcome.err
+    assert "error: 3 images cannot be used: " in outcome.err
     assert all(str(path) in outcome.err for path in broken)
     saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert (saved["epoch"], saved["done"]) == (0, 80 // (10 * processes))
@@ -355,6 +362,16 @@ def test_broken_validation_images_are_all_named_and_the_trained_epoch_is_saved(
     assert outcome.status == 0
     assert "epoch 1: step" not in outcome.out  # it continues with the validation of the epoch that was saved
     assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 3
+
+
+def test_a_run_does_not_continue_on_other_classes(digits_copy, tmp_path, tiny_flags, run_main):
+    flags = [digits_copy, *tiny_flags, "--output", tmp_path, "--experiment", "run", "--resume", "auto"]
+    assert run_main(train, *flags, "--epochs", 1).status == 0
+    for split in ("train", "val"):
+        (digits_copy / split / "3").rename(digits_copy / split / "wolf")
+    outcome = run_main(train, *flags, "--epochs", 1)
+    assert outcome.status == 2
+    assert "number 3 is 4, not 3" in outcome.err
 
 
 def test_a_broken_image_whose_name_is_no_text_is_told_of(digits_copy, tmp_path, tiny_flags, run_script):
