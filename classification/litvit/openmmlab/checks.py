@@ -13,9 +13,9 @@ from mmengine.logging import print_log
 from PIL import Image
 from torch import nn
 
-from litvit.errors import InputError, is_from_user_code
+from litvit.errors import InputError, is_from_user_code, one_line
 from litvit.openmmlab.annotations import some
-from litvit.openmmlab.errors import SampleError, one_line
+from litvit.openmmlab.errors import SampleError
 
 FIX_CLASSES = "set the datasets' metainfo=dict(classes=...) and the heads' num_classes to those of the annotations"
 

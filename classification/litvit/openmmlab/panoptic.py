@@ -30,10 +30,10 @@ from mmengine.registry import METRICS, TRANSFORMS
 from PIL import Image
 from torch import Tensor
 
-from litvit.errors import InputError
+from litvit.errors import InputError, one_line
 from litvit.openmmlab.annotations import class_ids, thing_names
 from litvit.openmmlab.coco import VOID_LABEL
-from litvit.openmmlab.errors import SampleError, one_line
+from litvit.openmmlab.errors import SampleError
 from litvit.openmmlab.panoptic_quality import VOID, CocoPanoptic, PanopticQuality, segment_ids
 
 for _hook in (CheckpointHook, EarlyStoppingHook):

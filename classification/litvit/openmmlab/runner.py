@@ -22,11 +22,10 @@ from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
-from litvit.errors import InputError, is_from_user_code
+from litvit.errors import InputError, is_from_user_code, one_line
 from litvit.openmmlab import checks
 from litvit.openmmlab.backbones import MMBackbone
 from litvit.openmmlab.checkpoints import latest_checkpoint, load_checkpoint_checked, unwrap
-from litvit.openmmlab.errors import one_line
 from litvit.openmmlab.mmcv_ops import provide_operators
 from litvit.openmmlab.step_guard import GuardedSteps, guard_steps
 from litvit.runs.folder import DIVERGED

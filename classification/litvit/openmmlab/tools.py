@@ -25,10 +25,10 @@ from PIL import Image
 from torch import nn
 
 from litvit import cli
-from litvit.errors import InputError, is_from_user_code
+from litvit.errors import InputError, is_from_user_code, one_line
 from litvit.memory import keep_freed_memory
 from litvit.openmmlab.checkpoints import load_checkpoint_checked, local_rank
-from litvit.openmmlab.errors import SampleError, one_line
+from litvit.openmmlab.errors import SampleError
 from litvit.processes import EXIT_DIVERGED, EXIT_INPUT_ERROR, choose_device, tell_the_launcher
 from litvit.training.flags import TRACEBACK_HELP
 

@@ -1,11 +1,13 @@
 """A run that is never lost: kills, signals, broken checkpoints, bad numbers, bad images, full disks."""
 
+import io
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -362,6 +364,40 @@ def test_broken_validation_images_are_all_named_and_the_trained_epoch_is_saved(
     assert outcome.status == 0
     assert "epoch 1: step" not in outcome.out  # it continues with the validation of the epoch that was saved
     assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 3
+
+
+def test_a_damaged_shard_ends_the_run_which_is_saved(digits, tmp_path, tiny_flags, run_main):
+    images = sorted((digits / "train").rglob("*.png"))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
+            for number, image in enumerate(images[shard::2]):
+                for suffix, content in (("png", image.read_bytes()), ("cls", image.parent.name.encode())):
+                    info = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    shard = tmp_path / "train-1.tar"
+    whole = shard.read_bytes()
+    splits = ["--train-split", "train-{0..1}.tar", "--val-split", "train-{0..0}.tar", "--train-num-samples", 80]
+    flags = [tmp_path, *tiny_flags, "--dataset", "wds/", *splits, "--num-classes", 10, "-b", 10, "--epochs", 1]
+    flags += ["--output", tmp_path, "--experiment", "run", "--resume", "auto"]
+    shard.write_bytes(whole[: len(whole) // 2])
+    outcome = run_main(train, *flags)
+    assert outcome.status == 2
+    assert f"cannot read the shard {shard} (ReadError: " in outcome.err
+    assert (tmp_path / "run" / CHECKPOINT).exists()
+    shard.write_bytes(whole)
+    assert run_main(train, *flags).status == 0
+
+
+def test_an_initial_checkpoint_of_other_images_is_told(digits_copy, tmp_path, tiny_flags, run_main):
+    flags = [*tiny_flags, "--output", tmp_path, "--epochs", 1]
+    assert run_main(train, digits_copy, *flags, "--experiment", "first", "--exif-transpose").status == 0
+    for split in ("train", "val"):
+        (digits_copy / split / "0").rename(digits_copy / split / "ant")
+    weights = tmp_path / "first" / BEST_WEIGHTS
+    out = run_main(train, digits_copy, *flags, "--initial-checkpoint", weights, "--dry-run").out
+    assert f"train: the classifier of {weights} starts with other classes: number 0 was 0, is 1" in out
+    assert f"train: the weights of {weights} were trained with --exif-transpose" in out
 
 
 def test_a_run_does_not_continue_on_other_classes(digits_copy, tmp_path, tiny_flags, run_main):
