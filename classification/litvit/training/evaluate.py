@@ -71,7 +71,7 @@ def evaluate(
     if not metrics["images"]:
         raise InputError("there are no images to evaluate")
     expected = len(getattr(loader, "dataset", ()))
-    if expected and metrics["images"] != expected:
+    if expected and metrics["images"] != expected and processes.primary:
         logger.warning("%d images were evaluated, not the %d that were announced", metrics["images"], expected)
     metrics["images_per_second"] = metrics["images"] / seconds
     if real_labels is not None:

@@ -78,7 +78,7 @@ class ModelConfig:
     drop: float = setting(0.0, "P", "dropout before the classifier", training=True)
     drop_path: float = setting(0.0, "P", "stochastic depth rate of the last block", training=True)
     initial_checkpoint: str | None = setting(
-        None, "FILE", "weights to start from; the classifier may be for other classes", training=True
+        None, "FILE", "weights to start from, also for other classes or image channels", training=True
     )
     grad_checkpointing: bool = setting(False, None, "recompute blocks in the backward pass: less memory", training=True)
     sync_bn: bool = setting(False, None, "BatchNorm statistics over all GPUs", training=True)
