@@ -208,7 +208,7 @@ def check_metric(metric: Any, dataset: Any) -> None:
     if getattr(metric, "format_only", False) or not hasattr(dataset, "cat_ids"):
         return
     coco, truth = getattr(metric, "_coco_api", None), getattr(metric, "truth", None)
-    if coco is not None:
+    if hasattr(coco, "mask_error"):  # read by litvit.openmmlab.coco, not by another package
         file, images = coco.name, coco.imgs
         coco.get_cat_ids(dataset.metainfo["classes"])
         if not coco.anns:

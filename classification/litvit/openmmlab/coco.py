@@ -1,6 +1,7 @@
 """COCO's annotation files for mmdet: checked when they are read, with classes matched by name.
 
 Importing this module makes mmdet's `CocoDataset`, `CocoPanopticDataset` and `CocoMetric` read their files through it.
+Data sets and metrics that read a file through mmdet's `COCO` themselves get its classes in the order of their names.
 The command lines import it. A config for a script of your own names it:
 
     custom_imports = dict(imports=["litvit.openmmlab", "litvit.openmmlab.coco"])
@@ -15,8 +16,8 @@ from json import JSONDecodeError
 
 import numpy as np
 from mmdet.datasets import CocoDataset, CocoPanopticDataset
-from mmdet.datasets.api_wrappers import COCO, COCOeval, COCOPanoptic
-from mmdet.evaluation.metrics import coco_metric
+from mmdet.datasets.api_wrappers import COCO, COCOeval, COCOevalMP, COCOPanoptic
+from mmdet.evaluation.metrics import coco_metric, ov_coco_metric
 from mmengine.logging import print_log
 from PIL import ExifTags, Image
 
@@ -41,14 +42,6 @@ class _File:
         finally:
             if collects:
                 gc.enable()
-
-    def get_cat_ids(
-        self, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence[int] = ()
-    ) -> list[int]:
-        """Return category ids, those of names in the order of the names. mmdet numbers its labels so."""
-        if not cat_names or sup_names or cat_ids:
-            return super().get_cat_ids(cat_names, sup_names, cat_ids)
-        return annotations.class_ids(self.dataset["categories"], self.name, cat_names)
 
 
 class InstancesFile(_File, COCO):
@@ -143,7 +136,17 @@ def parse_panoptic(dataset: CocoPanopticDataset, raw_data_info: dict) -> dict:
     return info
 
 
-class _OrderedEval(COCOeval):
+def class_ids(
+    coco: COCO, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence[int] = ()
+) -> list[int]:
+    """Return category ids, those of names in the order of the names. mmdet numbers its labels so."""
+    if not cat_names or sup_names or cat_ids:
+        return _mmdet_class_ids(coco, cat_names, sup_names, cat_ids)
+    names = [cat_names] if isinstance(cat_names, str) else cat_names
+    return annotations.class_ids(coco.dataset["categories"], getattr(coco, "name", "the annotation file"), names)
+
+
+class _Ordered:
     """COCO's evaluation, with the classes' numbers in the order in which its user asked for the classes."""
 
     def evaluate(self) -> None:
@@ -154,8 +157,17 @@ class _OrderedEval(COCOeval):
         super().accumulate(p)
         if self.params.useCats:  # evaluate has sorted the ids
             order = np.searchsorted(self.params.catIds, self.asked)
-            self.eval["precision"] = self.eval["precision"][:, :, order]
+            for key in ("precision", "scores"):
+                self.eval[key] = self.eval[key][:, :, order]
             self.eval["recall"] = self.eval["recall"][:, order]
+
+
+class _OrderedEval(_Ordered, COCOeval):
+    pass
+
+
+class _OrderedEvalMP(_Ordered, COCOevalMP):
+    pass
 
 
 def _tell(coco: _File, entries: Iterable[dict], names: dict) -> None:
@@ -197,11 +209,15 @@ def _check_size(file: str, image: dict, ann_file: str) -> None:
             raise wrong_size(file, opened.size[::-1], (image["height"], image["width"]), ann_file, image["id"])
 
 
+_mmdet_class_ids = COCO.get_cat_ids
 _mmdet_parse_panoptic = CocoPanopticDataset.parse_data_info
 
 # Set on mmdet's own classes, so that the user's subclasses of them read their files in the same way.
 CocoDataset.COCOAPI = read_instances
 CocoPanopticDataset.COCOAPI = read_panoptic
 CocoPanopticDataset.parse_data_info = parse_panoptic
+COCO.get_cat_ids = class_ids
 coco_metric.COCO = InstancesFile
-coco_metric.COCOeval = _OrderedEval
+for _metric in (coco_metric, ov_coco_metric):
+    _metric.COCOeval = _OrderedEval
+    _metric.COCOevalMP = _OrderedEvalMP

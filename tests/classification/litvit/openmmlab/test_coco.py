@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pycocotools.coco
 import pytest
 import torch
-from mmdet.datasets import CocoDataset, CocoPanopticDataset
-from mmdet.evaluation import CocoMetric
+from mmdet.datasets import CocoDataset, CocoPanopticDataset, Objects365V1Dataset, Objects365V2Dataset
+from mmdet.datasets.api_wrappers import COCOPanoptic
+from mmdet.evaluation import CocoMetric, OVCocoMetric
 from PIL import Image
 
 import litvit.openmmlab.panoptic  # noqa: F401
@@ -72,11 +74,11 @@ def test_labels_follow_the_order_of_the_config(scenes):
             assert names == [name for name in drawn if name in classes]
 
 
-def evaluate(coco, classes, found, **settings):
+def evaluate(coco, classes, found, kind=CocoMetric, meta=None, **settings):
     """Average precision of a detector that finds the objects of some classes, and those alone."""
     dataset = instances(coco, classes)
-    metric = CocoMetric(str(coco / "annotations/instances_val2017.json"), classwise=True, **settings)
-    metric.dataset_meta = dataset.metainfo
+    metric = kind(str(coco / "annotations/instances_val2017.json"), classwise=True, **settings)
+    metric.dataset_meta = dataset.metainfo | (meta or {})
     check_metric(metric, dataset)
     for number in range(len(dataset)):
         sample = dataset.get_data_info(number)
@@ -91,13 +93,44 @@ def evaluate(coco, classes, found, **settings):
     return metric.evaluate(size=len(dataset))
 
 
-def test_the_metric_numbers_classes_like_the_data_set(scenes):
+@pytest.mark.parametrize("use_mp_eval", [False, True])
+def test_the_metric_numbers_classes_like_the_data_set(use_mp_eval, scenes):
     present = {str(thing.label) for number in range(3) for thing in DETECTION.scene("val", number).objects}
     first, *rest = sorted(present)
-    scores = evaluate(scenes, REVERSED, {first})
+    scores = evaluate(scenes, REVERSED, {first}, use_mp_eval=use_mp_eval)
     assert scores[f"coco/{first}_precision"] == 1
     assert [scores[f"coco/{name}_precision"] for name in rest] == [0] * len(rest)
-    assert evaluate(scenes, REVERSED, present)["coco/bbox_mAP"] == 1
+    assert evaluate(scenes, REVERSED, present, use_mp_eval=use_mp_eval)["coco/bbox_mAP"] == 1
+
+
+@pytest.mark.parametrize("use_mp_eval", [False, True])
+def test_the_metric_of_base_and_novel_classes(use_mp_eval, scenes):
+    present = {str(thing.label) for number in range(3) for thing in DETECTION.scene("val", number).objects}
+    first, *rest = sorted(present)
+    meta = {"base_classes": (first,), "novel_classes": tuple(rest)}
+    scores = evaluate(scenes, REVERSED, {first}, OVCocoMetric, meta, use_mp_eval=use_mp_eval)
+    assert (scores["coco/base_ap50"], scores["coco/novel_ap50"]) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", [Objects365V1Dataset, Objects365V2Dataset])
+def test_data_sets_that_read_the_file_themselves(kind, scenes):
+    settings = {"pipeline": [], "data_prefix": {"img": ""}, "metainfo": {"classes": REVERSED}}
+    dataset = kind(ann_file=str(scenes / "annotations/instances_val2017.json"), **settings)
+    for number in range(3):
+        names = [REVERSED[one["bbox_label"]] for one in dataset.get_data_info(number)["instances"]]
+        assert names == [str(thing.label) for thing in DETECTION.scene("val", number).objects]
+
+
+def test_panoptic_files_that_mmdet_reads_itself(scenes):
+    file = scenes / "annotations/panoptic_val2017.json"
+    names = {category["id"]: category["name"] for category in json.loads(file.read_text())["categories"]}
+    assert [names[number] for number in COCOPanoptic(str(file)).get_cat_ids(REVERSED)] == list(REVERSED)
+
+
+def test_a_metric_with_another_packages_file(scenes):
+    metric = CocoMetric()
+    metric._coco_api = pycocotools.coco.COCO(str(scenes / "annotations/instances_val2017.json"))
+    check_metric(metric, instances(scenes))
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [5, 5, 5]])
