@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from json import JSONDecodeError
+from typing import Any
 
 import numpy as np
 from mmdet.datasets import CocoDataset, CocoPanopticDataset
@@ -78,6 +79,15 @@ class PanopticFile(_File, COCOPanoptic):
         super().createIndex()
         for annotation in self.dataset["annotations"]:
             self.imgs[annotation["image_id"]]["segm_file"] = annotation["file_name"]
+        self.anns = {(part["image_id"], part["id"]): part for parts in self.imgToAnns.values() for part in parts}
+
+    def get_ann_ids(self, img_ids: Sequence[Any] = (), *_, **__) -> list[tuple[Any, int]]:
+        """Return keys of all segments of images. An id alone would stand for segments of every image that has it."""
+        return [(number, part["id"]) for number in img_ids for part in self.imgToAnns[number]]
+
+    def load_anns(self, ids: Sequence[tuple[Any, int]] = ()) -> list[dict]:
+        """Return the segments of keys."""
+        return [self.anns[key] for key in ids]
 
 
 def read_instances(dataset: CocoDataset, file: str) -> InstancesFile:
@@ -125,7 +135,6 @@ def read_panoptic(dataset: CocoPanopticDataset, file: str) -> PanopticFile:
 def parse_panoptic(dataset: CocoPanopticDataset, raw_data_info: dict) -> dict:
     """Parse the annotation of an image as mmdet does, with its PNG file by name, and other classes as void."""
     image, segments = raw_data_info["raw_img_info"], raw_data_info["raw_ann_info"]
-    segments = [part for part in segments if part["image_id"] == image["img_id"]]
     chosen = [part for part in segments if part["category_id"] in dataset.cat2label]
     info = _mmdet_parse_panoptic(dataset, {"raw_img_info": image, "raw_ann_info": chosen})
     if info["seg_map_path"]:
@@ -201,7 +210,7 @@ def _check_images(dataset: CocoDataset, coco: _File, used: set) -> None:
 
 def _check_size(file: str, image: dict, ann_file: str) -> None:
     """Check the size in a file's header. What the header leaves open is checked when the file is read."""
-    with suppress(OSError), Image.open(file) as opened:
+    with suppress(OSError, Image.DecompressionBombError), Image.open(file) as opened:
         sizes = {opened.size}
         if opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned, unless the pipeline ignores it
             sizes.add(opened.size[::-1])

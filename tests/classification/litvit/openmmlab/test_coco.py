@@ -17,6 +17,7 @@ import litvit.openmmlab.panoptic  # noqa: F401
 from litvit.demo_data import BACKGROUNDS, CLASSES, SceneSettings, build
 from litvit.errors import InputError
 from litvit.openmmlab.checks import check_files, check_metric
+from litvit.openmmlab.coco import PanopticFile
 from litvit.openmmlab.errors import SampleError
 
 DETECTION = SceneSettings("detection", train=4, val=3, image_size=96)
@@ -203,6 +204,32 @@ def test_panoptic_files_of_other_shapes(scenes, coco):
     assert list(segments(panoptic(coco, REVERSED, BACKGROUNDS[::-1]))) == expected
 
 
+def test_segment_ids_that_every_image_has(coco):
+    """Of the annotations of an image, those of others with the same ids are no part."""
+    expected = list(segments(panoptic(coco)))
+    folder = coco / "annotations/panoptic_val2017"
+
+    def change(content):
+        for annotation in content["annotations"]:
+            if not (folder / annotation["file_name"]).exists():
+                continue
+            png = np.asarray(Image.open(folder / annotation["file_name"]))
+            old, new = png @ np.array([1, 256, 65536]), np.zeros_like(png)
+            for number, segment in enumerate(annotation["segments_info"], start=1):
+                new[old == segment["id"]] = (number, 0, 0)
+                segment["id"] = number
+            Image.fromarray(new).save(folder / annotation["file_name"])
+
+    file = coco / "annotations/panoptic_val2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    assert list(segments(panoptic(coco))) == expected
+    api = PanopticFile(str(file))
+    number = content["images"][1]["id"]
+    assert {segment["image_id"] for segment in api.load_anns(api.get_ann_ids(img_ids=[number]))} == {number}
+
+
 def test_a_subset_of_panoptic_classes(scenes):
     chosen = (*CLASSES[5:], BACKGROUNDS[2])
     whole = list(segments(panoptic(scenes)))
@@ -248,6 +275,21 @@ def test_an_image_of_another_size_than_the_file_says(coco, monkeypatch):
     with pytest.raises(SampleError, match=message):
         dataset[1]
     assert dataset[0]["img"].shape == (96, 128, 3)
+
+
+def test_an_image_too_large_for_pillow_is_left_to_the_pipeline(scenes, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    dataset = instances(scenes, pipeline=[{"type": "LoadImageFromFile"}])
+    assert dataset[0]["img"].shape == (96, 128, 3)
+
+
+def test_an_image_of_another_size_than_its_own_annotation_says(coco):
+    """As in VOC's data sets, whose list of images has no sizes."""
+    dataset = instances(coco, pipeline=[{"type": "LoadImageFromFile"}])
+    check_files(dataset.pipeline)
+    sample = {**dataset.get_data_info(0), "width": 5}
+    with pytest.raises(SampleError, match="is 96 x 128 pixels high x wide, but 96 x 5 in its annotation$"):
+        dataset.pipeline(sample)
 
 
 def test_an_image_that_its_tag_turns(coco):
