@@ -63,7 +63,7 @@ class GuardedSteps(OptimWrapper):
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         loss = torch.as_tensor(self._loss)
-        # If the norm of finite gradients overflows, this makes them NaN, so that a loss scaler sees it and scales the loss
+        # If the norm of finite gradients overflows, this makes them NaN, and a loss scaler that sees it scales the loss
         # less. `get_total_norm` would leave them finite, and the scale as it is.
         norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf).to(loss)
         bad = (~torch.isfinite(torch.stack([loss, norm]))).float()
