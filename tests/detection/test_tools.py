@@ -118,14 +118,78 @@ def test_an_epoch_that_ends_with_steps_left_out_is_neither_saved_nor_validated(c
     old = tmp_path / "epoch_1.pth"
     old.touch()
     options = ["optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=[]"]
-    options += ["train_cfg.max_epochs=3", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    options += ["train_dataloader.batch_size=1", "train_cfg.max_epochs=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
     done = run("train.py", config, "--work-dir", tmp_path, "--cfg-options", *options)
     assert done.returncode == 3, done.stderr
-    assert "Epoch(train) [3][2/2]" in done.stdout
+    assert "Epoch(train) [2][4/4]" in done.stdout
     assert "Epoch(val)" not in done.stdout
-    assert "not finite in the last 5 steps, up to iteration 6: start again from" in done.stderr.splitlines()[-1]
+    assert "not finite in the last 7 steps, up to iteration 8: start again from" in done.stderr.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["diverged.pth", "epoch_1.pth"]
     assert not old.stat().st_size
+
+
+BAD_LAST_BATCH = """
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class BadLastBatch(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == runner.max_iters - 1:
+            weight = next(p for p in runner.model.parameters() if p.requires_grad)
+            weight.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+"""
+
+
+def test_a_bad_batch_at_the_end_is_no_divergence(config, tmp_path):
+    (tmp_path / "bad_last_batch.py").write_text(BAD_LAST_BATCH)
+    (tmp_path / "config.py").write_text(
+        f"_base_ = '{config}'\ncustom_imports = dict(imports=['litvit.openmmlab', 'bad_last_batch'])\n"
+        "custom_hooks = [dict(type='BadLastBatch')]\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run("train.py", tmp_path / "config.py", "--work-dir", tmp_path / "run", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "iteration 2: 1 steps left out" in done.stdout + done.stderr
+    assert "Epoch(val) [1]" in done.stdout
+    assert [file.name for file in (tmp_path / "run").glob("*.pth")] == ["epoch_1.pth"]
+
+
+TWO_PARTS = """
+_base_ = "{config}"
+settings = dict(
+    type="CocoDataset",
+    data_root="{root}/",
+    metainfo=dict(classes=tuple("0123456789")),
+    test_mode=True,
+    pipeline={{{{_base_.test_pipeline}}}},
+)
+first, second = (
+    dict(ann_file=f"annotations/instances_{{split}}2017.json", data_prefix=dict(img=f"{{split}}2017/"))
+    for split in ("val", "train")
+)
+parts = [dict(settings, **first), dict(settings, **second)]
+test_dataloader = dict(dataset=dict(_delete_=True, type="ConcatDataset", datasets=parts))
+test_evaluator = dict(
+    _delete_=True,
+    type="MultiDatasetsEvaluator",
+    metrics=[
+        dict(type="CocoMetric", ann_file="{root}/" + first["ann_file"], metric="bbox"),
+        dict(type="CocoMetric", ann_file="{root}/" + second["ann_file"], metric="bbox"),
+    ],
+    dataset_prefixes=["first", "second"],
+)
+"""
+
+
+def test_a_metric_for_each_of_several_data_sets(config, trained, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_PARTS.format(config=config, root=config.parent / "coco"))
+    done = run("test.py", tmp_path / "two.py", trained / "epoch_1.pth", "--work-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (numbers,) = tmp_path.glob("run/*/*.json")
+    assert {"first/coco/bbox_mAP", "second/coco/bbox_mAP"} <= json.loads(numbers.read_text()).keys()
 
 
 def test_no_checkpoint_runs_code_when_it_is_resumed(config, trained, tmp_path):

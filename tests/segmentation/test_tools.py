@@ -136,9 +136,9 @@ def test_resume_of_the_config(config, trained, tmp_path, monkeypatch):
 
 
 def test_a_training_that_diverges_ends(config, tmp_path):
-    """In both processes, with the checkpoint of the last step that was finite, and without validation."""
+    """In both processes, with the checkpoint before the second step in a row was left out, and without validation."""
     options = ["optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=[]"]
-    options += ["train_cfg.max_iters=30", "train_cfg.val_interval=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    options += ["train_cfg.max_iters=30", "train_cfg.val_interval=3", "default_hooks.checkpoint.max_keep_ckpts=1"]
     done = run("dist_train.sh", config, 2, "--work-dir", tmp_path, "--cfg-options", *options)
     assert done.returncode == 3, done.stderr
     assert "iteration 11: 10 steps left out, the loss or a gradient is not finite" in done.stdout + done.stderr
@@ -147,8 +147,8 @@ def test_a_training_that_diverges_ends(config, tmp_path):
     assert error.startswith("error: the loss or a gradient was not finite in the last 10 steps, up to iteration 11: ")
     assert error.endswith(f"the state is in {tmp_path / 'diverged.pth'}")
     assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["diverged.pth", "iter_1.pth"]
-    assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_1.pth")
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["diverged.pth", "iter_2.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_2.pth")
 
 
 def test_evaluation_of_a_trained_segmentor(config, trained, tmp_path):

@@ -24,7 +24,10 @@ FIX_CLASSES = "set the datasets' metainfo=dict(classes=...) and the heads' num_c
 VOID_LABEL = 255
 
 # Attributes of heads, losses, preprocessors, pipeline steps and metrics that hold the label of void pixels.
-_VOID_SETTINGS = ("ignore_index", "seg_pad_val", "seg_pad_value")
+_VOID_SETTINGS = ("ignore_index", "ignore_label", "seg_pad_val", "seg_pad_value")
+
+# Losses that compare each class with all others. Their `ignore_index` may name a class that they leave out.
+_LOSSES_PER_CLASS = ("DiceLoss", "HuasdorffDisstanceLoss", "TverskyLoss")
 
 # Number of label files, or of images' headers, that are looked at before a training.
 SAMPLED_FILES = 500
@@ -95,8 +98,8 @@ def first_missing(files: Iterable[str]) -> int | None:
 
 def steps(pipeline: Any) -> Iterator[Any]:
     """Yield the steps of a pipeline, and those inside of steps that choose or repeat others."""
-    for name in ("transforms", "subroutines"):
-        parts = getattr(pipeline, name, ())
+    plain = isinstance(pipeline, list | tuple)  # of a wrapper that mixes images
+    for parts in [pipeline] if plain else [getattr(pipeline, name, ()) for name in ("transforms", "subroutines")]:
         for step in parts if isinstance(parts, list | tuple) else [parts]:
             yield step
             yield from steps(step)
@@ -104,11 +107,15 @@ def steps(pipeline: Any) -> Iterator[Any]:
 
 def base_datasets(dataset: Any) -> Iterator[Any]:
     """Yield the data sets inside of wrappers that repeat, concatenate or mix data sets."""
-    inner = [dataset.dataset] if hasattr(dataset, "dataset") else getattr(dataset, "datasets", [])
+    inner = _wrapped(dataset)
     for part in inner:
         yield from base_datasets(part)
     if not inner:
         yield dataset
+
+
+def _wrapped(dataset: Any) -> Sequence[Any]:
+    return [dataset.dataset] if hasattr(dataset, "dataset") else getattr(dataset, "datasets", [])
 
 
 def check_classes(dataset: Any, model: nn.Module) -> None:
@@ -149,7 +156,8 @@ def check_annotations(dataset: Any, num_classes: int) -> None:
     if classes != num_classes:
         raise InputError(f"the head has {num_classes} classes, the data set {classes}: {FIX_CLASSES}")
     samples = [dataset.get_data_info(i) for i in range(len(dataset))]
-    i = first_missing(sample.get("seg_map_path", "") for sample in samples)
+    files = [] if dataset.backend_args else [sample.get("seg_map_path", "") for sample in samples]
+    i = first_missing(files)
     if i is not None:
         raise InputError(
             f"{samples[i]['img_path']} has no annotation at {samples[i]['seg_map_path']}: put it there, remove the "
@@ -159,20 +167,26 @@ def check_annotations(dataset: Any, num_classes: int) -> None:
 
 
 def unify_void(dataset: Any, model: nn.Module) -> None:
-    """Have a segmentor and the steps of a pipeline take 255 for void, to which labels are mapped when they are read.
+    """Have a segmentor and the steps of pipelines take 255 for void, to which labels are mapped when they are read.
 
     Args:
-        dataset: Data set, a `BaseSegDataset`. Its `ignore_index` is the label of void pixels in its files, besides 255.
+        dataset: Data set, a `BaseSegDataset` or a wrapper of some, which may have a pipeline too. The `ignore_index` of
+            a `BaseSegDataset` is the label of void pixels in its files, besides 255.
         model: Segmentor.
 
     Raises:
         InputError: A head, a loss, the preprocessor or a step is set to another label.
     """
-    for step in steps(dataset.pipeline):
-        _unify_void(step, type(step).__name__, dataset.ignore_index)
-    for name, module in model.named_modules():
-        if not type(module).__module__.startswith("torch."):
-            _unify_void(module, name, dataset.ignore_index)
+    inner = _wrapped(dataset)
+    for part in inner:
+        unify_void(part, model)
+    for base in base_datasets(dataset):
+        for step in steps(getattr(dataset, "pipeline", ())):
+            _unify_void(step, type(step).__name__, base.ignore_index)
+    if not inner:
+        for name, module in model.named_modules():
+            if not type(module).__module__.startswith("torch."):
+                _unify_void(module, name, dataset.ignore_index)
 
 
 def _unify_void(owner: Any, name: str, ignored: int) -> None:
@@ -182,10 +196,12 @@ def _unify_void(owner: Any, name: str, ignored: int) -> None:
     for key, value in settings.items():
         if not isinstance(value, int | float):
             continue
+        if type(owner).__name__ in _LOSSES_PER_CLASS and value != ignored:
+            continue
         if value not in (VOID_LABEL, ignored):
             raise InputError(
                 f"{name}.{key} is {value}, but the data set's label of void pixels is {ignored}: leave it out, or set "
-                "it and the data set's ignore_index to one label"
+                "it and the data set's ignore_index to one label (that it leaves out a class is not supported)"
             )
         if key == "pad_val.seg":
             padding["seg"] = VOID_LABEL
@@ -208,7 +224,7 @@ def check_metric(metric: Any, dataset: Any) -> None:
     if getattr(metric, "format_only", False) or not hasattr(dataset, "cat_ids"):
         return
     coco, truth = getattr(metric, "_coco_api", None), getattr(metric, "truth", None)
-    if coco is not None:
+    if hasattr(coco, "mask_error"):  # read by litvit.openmmlab.coco, not by another package
         file, images = coco.name, coco.imgs
         coco.get_cat_ids(dataset.metainfo["classes"])
         if not coco.anns:
@@ -285,7 +301,7 @@ def check_files(pipeline: Compose, ann_file: str = "") -> None:
 
     Args:
         pipeline: Pipeline of a data set.
-        ann_file: Annotation file with the sizes of images, for messages.
+        ann_file: Annotation file with the sizes of images, for messages; "" if they are in a file per image.
     """
     # Not at the top: import_package reports a missing mmcv.
     from mmcv.transforms import LoadAnnotations, LoadImageFromFile
@@ -300,11 +316,8 @@ def check_files(pipeline: Compose, ann_file: str = "") -> None:
 def wrong_size(file: str, found: Sequence[int], stated: Sequence[int], ann_file: str, image_id: Any) -> InputError:
     """Return the error for a file of `found` (height, width), of which its annotation file says `stated`."""
     sides = (" x ".join(map(str, shape)) for shape in (found, stated))
-    return InputError(
-        "{} is {} pixels high x wide, but {} in {}: correct 'height' and 'width' of image {} there".format(
-            file, *sides, ann_file, image_id
-        )
-    )
+    where = f"{ann_file}: correct 'height' and 'width' of image {image_id} there" if ann_file else "its annotation"
+    return InputError("{} is {} pixels high x wide, but {} in {}".format(file, *sides, where))
 
 
 class _Loading:
@@ -360,7 +373,8 @@ class _LabelCheck:
         first, last = int(self.zero_label), self.zero_label + self.classes - 1
         is_void = (labels == self.ignored) | (labels == VOID_LABEL)
         cut_off = []  # labels of more than 8 bits, to which mmseg has cut them
-        with suppress(OSError), Image.open(file) as image:  # reads the header; a file in a remote store is not checked
+        # Reads the header. A file in a remote store is not checked, nor one too large for Pillow.
+        with suppress(OSError, Image.DecompressionBombError), Image.open(file) as image:
             if image.mode[0] in "IF":
                 pixels = np.asarray(image)
                 wide = (pixels < 0) | (pixels > 255)

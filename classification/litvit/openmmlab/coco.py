@@ -1,6 +1,7 @@
 """COCO's annotation files for mmdet: checked when they are read, with classes matched by name.
 
 Importing this module makes mmdet's `CocoDataset`, `CocoPanopticDataset` and `CocoMetric` read their files through it.
+Data sets and metrics that read a file through mmdet's `COCO` themselves get its classes in the order of their names.
 The command lines import it. A config for a script of your own names it:
 
     custom_imports = dict(imports=["litvit.openmmlab", "litvit.openmmlab.coco"])
@@ -12,11 +13,12 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from json import JSONDecodeError
+from typing import Any
 
 import numpy as np
 from mmdet.datasets import CocoDataset, CocoPanopticDataset
-from mmdet.datasets.api_wrappers import COCO, COCOeval, COCOPanoptic
-from mmdet.evaluation.metrics import coco_metric
+from mmdet.datasets.api_wrappers import COCO, COCOeval, COCOevalMP, COCOPanoptic
+from mmdet.evaluation.metrics import coco_metric, ov_coco_metric
 from mmengine.logging import print_log
 from PIL import ExifTags, Image
 
@@ -41,14 +43,6 @@ class _File:
         finally:
             if collects:
                 gc.enable()
-
-    def get_cat_ids(
-        self, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence[int] = ()
-    ) -> list[int]:
-        """Return category ids, those of names in the order of the names. mmdet numbers its labels so."""
-        if not cat_names or sup_names or cat_ids:
-            return super().get_cat_ids(cat_names, sup_names, cat_ids)
-        return annotations.class_ids(self.dataset["categories"], self.name, cat_names)
 
 
 class InstancesFile(_File, COCO):
@@ -85,6 +79,15 @@ class PanopticFile(_File, COCOPanoptic):
         super().createIndex()
         for annotation in self.dataset["annotations"]:
             self.imgs[annotation["image_id"]]["segm_file"] = annotation["file_name"]
+        self.anns = {(part["image_id"], part["id"]): part for parts in self.imgToAnns.values() for part in parts}
+
+    def get_ann_ids(self, img_ids: Sequence[Any] = (), *_, **__) -> list[tuple[Any, int]]:
+        """Return keys of all segments of images. An id alone would stand for segments of every image that has it."""
+        return [(number, part["id"]) for number in img_ids for part in self.imgToAnns[number]]
+
+    def load_anns(self, ids: Sequence[tuple[Any, int]] = ()) -> list[dict]:
+        """Return the segments of keys."""
+        return [self.anns[key] for key in ids]
 
 
 def read_instances(dataset: CocoDataset, file: str) -> InstancesFile:
@@ -132,7 +135,6 @@ def read_panoptic(dataset: CocoPanopticDataset, file: str) -> PanopticFile:
 def parse_panoptic(dataset: CocoPanopticDataset, raw_data_info: dict) -> dict:
     """Parse the annotation of an image as mmdet does, with its PNG file by name, and other classes as void."""
     image, segments = raw_data_info["raw_img_info"], raw_data_info["raw_ann_info"]
-    segments = [part for part in segments if part["image_id"] == image["img_id"]]
     chosen = [part for part in segments if part["category_id"] in dataset.cat2label]
     info = _mmdet_parse_panoptic(dataset, {"raw_img_info": image, "raw_ann_info": chosen})
     if info["seg_map_path"]:
@@ -143,7 +145,17 @@ def parse_panoptic(dataset: CocoPanopticDataset, raw_data_info: dict) -> dict:
     return info
 
 
-class _OrderedEval(COCOeval):
+def class_ids(
+    coco: COCO, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence[int] = ()
+) -> list[int]:
+    """Return category ids, those of names in the order of the names. mmdet numbers its labels so."""
+    if not cat_names or sup_names or cat_ids:
+        return _mmdet_class_ids(coco, cat_names, sup_names, cat_ids)
+    names = [cat_names] if isinstance(cat_names, str) else cat_names
+    return annotations.class_ids(coco.dataset["categories"], getattr(coco, "name", "the annotation file"), names)
+
+
+class _Ordered:
     """COCO's evaluation, with the classes' numbers in the order in which its user asked for the classes."""
 
     def evaluate(self) -> None:
@@ -154,8 +166,17 @@ class _OrderedEval(COCOeval):
         super().accumulate(p)
         if self.params.useCats:  # evaluate has sorted the ids
             order = np.searchsorted(self.params.catIds, self.asked)
-            self.eval["precision"] = self.eval["precision"][:, :, order]
+            for key in ("precision", "scores"):
+                self.eval[key] = self.eval[key][:, :, order]
             self.eval["recall"] = self.eval["recall"][:, order]
+
+
+class _OrderedEval(_Ordered, COCOeval):
+    pass
+
+
+class _OrderedEvalMP(_Ordered, COCOevalMP):
+    pass
 
 
 def _tell(coco: _File, entries: Iterable[dict], names: dict) -> None:
@@ -189,7 +210,7 @@ def _check_images(dataset: CocoDataset, coco: _File, used: set) -> None:
 
 def _check_size(file: str, image: dict, ann_file: str) -> None:
     """Check the size in a file's header. What the header leaves open is checked when the file is read."""
-    with suppress(OSError), Image.open(file) as opened:
+    with suppress(OSError, Image.DecompressionBombError), Image.open(file) as opened:
         sizes = {opened.size}
         if opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned, unless the pipeline ignores it
             sizes.add(opened.size[::-1])
@@ -197,11 +218,15 @@ def _check_size(file: str, image: dict, ann_file: str) -> None:
             raise wrong_size(file, opened.size[::-1], (image["height"], image["width"]), ann_file, image["id"])
 
 
+_mmdet_class_ids = COCO.get_cat_ids
 _mmdet_parse_panoptic = CocoPanopticDataset.parse_data_info
 
 # Set on mmdet's own classes, so that the user's subclasses of them read their files in the same way.
 CocoDataset.COCOAPI = read_instances
 CocoPanopticDataset.COCOAPI = read_panoptic
 CocoPanopticDataset.parse_data_info = parse_panoptic
+COCO.get_cat_ids = class_ids
 coco_metric.COCO = InstancesFile
-coco_metric.COCOeval = _OrderedEval
+for _metric in (coco_metric, ov_coco_metric):
+    _metric.COCOeval = _OrderedEval
+    _metric.COCOevalMP = _OrderedEvalMP

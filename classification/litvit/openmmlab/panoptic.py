@@ -6,13 +6,15 @@ Configs name these classes instead of mmdet's CocoPanopticMetric and LoadPanopti
     val_evaluator = dict(type="PanopticQualityMetric", ann_file=..., seg_prefix=...)
     train_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadCocoPanoptic"), ...]
 
-Importing this module lets mmdet's DetInferencer save panoptic segments, and `save_best="auto"` find the better PQ.
+Importing this module lets mmdet's DetInferencer save panoptic segments, and `save_best="auto"` find the better PQ. It
+imports `litvit.openmmlab.coco`, so that mmdet's data sets check annotation files and match classes by name.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ class PanopticQualityMetric(BaseMetric):
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Write or count the segments of each image."""
         category_ids = self.check_classes()
-        quality = None if self.format_only else self._quality()
+        quality = None if self.format_only else self._quality
         for sample in data_samples:
             pixels = sample["pred_panoptic_seg"]["sem_seg"].cpu().long()
             preds = torch.stack((category_ids[pixels % INSTANCE_OFFSET], pixels // INSTANCE_OFFSET), dim=-1)
@@ -105,7 +107,8 @@ class PanopticQualityMetric(BaseMetric):
             self._write_json([counts["written"] for counts in results])
         if self.format_only:
             return {}
-        quality = self._quality()
+        quality = self._quality
+        quality.reset()
         for name in quality.metric_state:
             setattr(quality, name, sum(counts[name] for counts in results))
         return {name: value.item() for name, value in quality.compute().items()}
@@ -151,8 +154,9 @@ class PanopticQualityMetric(BaseMetric):
         ids = class_ids(self.truth.categories, str(self.truth.ann_file), self.dataset_meta["classes"])
         return torch.tensor(ids + [VOID] * (INSTANCE_OFFSET - len(ids)))
 
+    @cached_property
     def _quality(self) -> PanopticQuality:
-        """Return the counter for the classes of the data set."""
+        """Counter for the classes of the data set."""
         classes, file = self.dataset_meta["classes"], str(self.truth.ann_file)
         things = thing_names(self.truth.categories, file, classes, self.dataset_meta.get("thing_classes"))
         ids = dict(zip(classes, class_ids(self.truth.categories, file, classes), strict=True))

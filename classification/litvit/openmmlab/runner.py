@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,10 @@ class _Runner(mmengine_runner.Runner):
             checks.check_classes(dataset, unwrap(self.model))
             if hasattr(dataset, "reduce_zero_label"):
                 checks.check_annotations(dataset, unwrap(self.model).num_classes)
-                checks.unify_void(dataset, unwrap(self.model))
             if hasattr(dataset, "pipeline"):
-                checks.check_files(dataset.pipeline, getattr(dataset, "ann_file", ""))
+                checks.check_files(dataset.pipeline, dataset.ann_file if hasattr(dataset, "cat_ids") else "")
+        if all(hasattr(dataset, "reduce_zero_label") for dataset in checks.base_datasets(built.dataset)):
+            checks.unify_void(built.dataset, unwrap(self.model))
         return built
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
@@ -154,8 +156,14 @@ class _Runner(mmengine_runner.Runner):
         labelled = [dataset for dataset in datasets if hasattr(dataset, "reduce_zero_label")]
         if labelled:
             checks.sample_labels(labelled, tell=training)
-        for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
-            for dataset in datasets:
+        evaluator = getattr(loop, "evaluator", None)
+        parts = [loop.dataloader.dataset]
+        metrics = [getattr(evaluator, "metrics", ())]
+        # mmdet's MultiDatasetsEvaluator has a metric for each part of a ConcatDataset.
+        if hasattr(evaluator, "dataset_prefixes") and hasattr(parts[0], "datasets"):
+            parts, metrics = parts[0].datasets, [[metric] for metric in evaluator.metrics]
+        for part, measures in zip(parts, metrics, strict=False):
+            for metric, dataset in product(measures, checks.base_datasets(part)):
                 checks.check_metric(metric, dataset)
         return loop
 
@@ -172,7 +180,8 @@ class _Runner(mmengine_runner.Runner):
 class TrainingRunner(_Runner):
     """Runner of train.py: a checkpoint to start from may have other heads, and steps that are not finite are left out.
 
-    Until a step is finite again, nothing is validated or saved: the weights may be spoilt.
+    From the second such step in a row on, nothing is validated or saved until a step is finite again: the weights may
+    be spoilt. One alone is a bad batch.
 
     Attributes:
         resume_latest: Whether to resume from the run's latest checkpoint if there is one, else start from `load_from`.
@@ -213,13 +222,18 @@ class TrainingRunner(_Runner):
         return max((wrapper.bad_in_a_row for wrapper in self._guarded), default=0)
 
     @property
+    def may_be_spoilt(self) -> bool:
+        """Whether several of the last steps were left out. A single one is that of a bad batch, and changes nothing."""
+        return self.bad_in_a_row > 1
+
+    @property
     def val_loop(self) -> BaseLoop | None:
-        """The loop that validates, None while steps are left out."""
-        return None if self.bad_in_a_row else super().val_loop
+        """The loop that validates, None while the weights may be spoilt."""
+        return None if self.may_be_spoilt else super().val_loop
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
         hooks = self._hooks
-        if self.bad_in_a_row and fn_name in ("after_train_iter", "after_train_epoch"):
+        if self.may_be_spoilt and fn_name in ("after_train_iter", "after_train_epoch"):
             # The hook would delete the oldest checkpoint before it calls save_checkpoint.
             self._hooks = [hook for hook in hooks if not isinstance(hook, CheckpointHook)]
         try:
@@ -231,11 +245,11 @@ class TrainingRunner(_Runner):
         """Train the model.
 
         Raises:
-            Diverged: The last steps were left out, many of them or all up to the end.
+            Diverged: The last steps were left out: many, or two or more at the end.
         """
         try:
             model = super().train()
-            if self.bad_in_a_row:
+            if self.may_be_spoilt:
                 raise Diverged
         except Diverged as error:
             self.save_checkpoint(self.work_dir, DIVERGED, by_epoch=False)

@@ -63,6 +63,8 @@ class GuardedSteps(OptimWrapper):
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         loss = torch.as_tensor(self._loss)
+        # If the norm of finite gradients overflows, this makes them NaN, and a loss scaler that sees it scales the loss
+        # less. `get_total_norm` would leave them finite, and the scale as it is.
         norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf).to(loss)
         bad = (~torch.isfinite(torch.stack([loss, norm]))).float()
         all_reduce(bad, "max")
@@ -88,7 +90,7 @@ class GuardedSteps(OptimWrapper):
         self.bad_steps += 1
         print_log(
             f"iteration {self.inner_count}: {self.bad_steps} steps left out, the loss or a gradient is not finite; "
-            "until a step is finite, nothing is validated or saved",
+            "from the second in a row on, nothing is validated or saved until a step is finite",
             logger="current",
             level=logging.WARNING,
         )

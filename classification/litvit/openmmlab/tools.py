@@ -335,7 +335,8 @@ def _draw_prediction(image: Path, drawing: Path, predict: Callable[[np.ndarray],
         raise InputError(f"{image} cannot be read as an image")
     try:
         draw(pixels[..., ::-1], predict(pixels)).save(drawing, quality=95)
-    except Exception as error:  # anything that a model raises for a size that it cannot compute
+    # What a model raises for a size that it cannot compute, and the file system for the drawing.
+    except (InputError, RuntimeError, ValueError, AssertionError, OSError, cv2.error) as error:
         if is_from_user_code(error):
             raise
         height, width = pixels.shape[:2]

@@ -88,6 +88,7 @@ def changed(content, part, number, **values):
         ("images", 1, {"file_name": ...}, "images[1] (id 4) has no 'file_name'"),
         ("categories", 1, {"id": 7}, "'id' of categories[0] (id 7) is 7, and is another category's too"),
         ("categories", 1, {"name": ...}, "categories[1] (id 2) has no 'name'"),
+        ("categories", 1, {"id": "2"}, "'id' of categories[1] (id 2) is 2, and is no int"),
     ],
 )
 def test_wrong_entries_of_instances(part, number, values, message):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.dataset import ConcatDataset
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
-from mmseg.datasets import ADE20KDataset, BaseSegDataset
+from mmseg.datasets import ADE20KDataset, BaseSegDataset, MultiImageMixDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import MODELS
 from PIL import Image
@@ -123,6 +124,50 @@ def test_void_settings_that_disagree(place, message, tmp_path):
     arguments = (data, other) if other else (IoUMetric(ignore_index=7), data)
     with pytest.raises(InputError, match=f"{message}, but the data set's label of void pixels is {VOID}"):
         check(*arguments)
+
+
+def mixed(folder, void, **settings):
+    """A data set whose images a wrapper mixes in a pipeline of its own."""
+    data = dataset(folder, [(0, 1, void, 2)], pipeline=PIPELINE[:2], ignore_index=void)
+    pipeline = [
+        {"type": "RandomMosaic", "prob": 1, "img_scale": (24, 24), **settings},
+        {"type": "RandomCrop", "crop_size": (16, 16), "ignore_index": void},
+    ]
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return MultiImageMixDataset(ConcatDataset([data]), pipeline)
+
+
+def test_void_in_the_pipeline_of_a_wrapper(tmp_path):
+    data = mixed(tmp_path, VOID, seg_pad_val=VOID)
+    unify_void(data, model())
+    assert [data.pipeline[0].seg_pad_val, data.pipeline[1].ignore_index] == [255, 255]
+    with pytest.raises(InputError, match="RandomMosaic.seg_pad_val is 7, but the data set's label"):
+        unify_void(mixed(tmp_path, VOID, seg_pad_val=7), model())
+
+
+def with_losses(*losses):
+    return model(decode_head={**MODEL["decode_head"], "loss_decode": list(losses)})
+
+
+def test_void_of_losses_with_other_names_for_it(tmp_path):
+    segmentor = with_losses({"type": "OhemCrossEntropy", "ignore_label": VOID})
+    data = dataset(tmp_path, [(0, 1, VOID, 2)], ignore_index=VOID)
+    unify_void(data, segmentor)
+    assert segmentor.decode_head.loss_decode[0].ignore_label == 255
+    with pytest.raises(InputError, match="ignore_label is 7, but the data set's label of void pixels is 3"):
+        unify_void(data, with_losses({"type": "OhemCrossEntropy", "ignore_label": 7}))
+
+
+@pytest.mark.parametrize("loss", ["DiceLoss", "TverskyLoss"])
+def test_a_class_that_a_loss_leaves_out_is_not_void(loss, tmp_path):
+    segmentor = with_losses({"type": "CrossEntropyLoss"}, {"type": loss, "ignore_index": 0, "loss_name": "loss_b"})
+    unify_void(dataset(tmp_path, [(0, 1, 2)]), segmentor)
+    assert segmentor.decode_head.loss_decode[1].ignore_index == 0
+
+
+def test_a_metric_that_leaves_out_a_class(tmp_path):
+    with pytest.raises(InputError, match="IoUMetric.ignore_index is 0, .* leaves out a class is not supported"):
+        check_metric(IoUMetric(ignore_index=0), dataset(tmp_path, [(0, 1, 2)]))
 
 
 def test_void_with_label_zero_and_with_a_subset_of_classes(tmp_path):

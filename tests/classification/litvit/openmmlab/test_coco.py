@@ -5,16 +5,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pycocotools.coco
 import pytest
 import torch
-from mmdet.datasets import CocoDataset, CocoPanopticDataset
-from mmdet.evaluation import CocoMetric
+from mmdet.datasets import CocoDataset, CocoPanopticDataset, Objects365V1Dataset, Objects365V2Dataset
+from mmdet.datasets.api_wrappers import COCOPanoptic
+from mmdet.evaluation import CocoMetric, OVCocoMetric
 from PIL import Image
 
 import litvit.openmmlab.panoptic  # noqa: F401
 from litvit.demo_data import BACKGROUNDS, CLASSES, SceneSettings, build
 from litvit.errors import InputError
 from litvit.openmmlab.checks import check_files, check_metric
+from litvit.openmmlab.coco import PanopticFile
 from litvit.openmmlab.errors import SampleError
 
 DETECTION = SceneSettings("detection", train=4, val=3, image_size=96)
@@ -72,11 +75,11 @@ def test_labels_follow_the_order_of_the_config(scenes):
             assert names == [name for name in drawn if name in classes]
 
 
-def evaluate(coco, classes, found, **settings):
+def evaluate(coco, classes, found, kind=CocoMetric, meta=None, **settings):
     """Average precision of a detector that finds the objects of some classes, and those alone."""
     dataset = instances(coco, classes)
-    metric = CocoMetric(str(coco / "annotations/instances_val2017.json"), classwise=True, **settings)
-    metric.dataset_meta = dataset.metainfo
+    metric = kind(str(coco / "annotations/instances_val2017.json"), classwise=True, **settings)
+    metric.dataset_meta = dataset.metainfo | (meta or {})
     check_metric(metric, dataset)
     for number in range(len(dataset)):
         sample = dataset.get_data_info(number)
@@ -91,13 +94,44 @@ def evaluate(coco, classes, found, **settings):
     return metric.evaluate(size=len(dataset))
 
 
-def test_the_metric_numbers_classes_like_the_data_set(scenes):
+@pytest.mark.parametrize("use_mp_eval", [False, True])
+def test_the_metric_numbers_classes_like_the_data_set(use_mp_eval, scenes):
     present = {str(thing.label) for number in range(3) for thing in DETECTION.scene("val", number).objects}
     first, *rest = sorted(present)
-    scores = evaluate(scenes, REVERSED, {first})
+    scores = evaluate(scenes, REVERSED, {first}, use_mp_eval=use_mp_eval)
     assert scores[f"coco/{first}_precision"] == 1
     assert [scores[f"coco/{name}_precision"] for name in rest] == [0] * len(rest)
-    assert evaluate(scenes, REVERSED, present)["coco/bbox_mAP"] == 1
+    assert evaluate(scenes, REVERSED, present, use_mp_eval=use_mp_eval)["coco/bbox_mAP"] == 1
+
+
+@pytest.mark.parametrize("use_mp_eval", [False, True])
+def test_the_metric_of_base_and_novel_classes(use_mp_eval, scenes):
+    present = {str(thing.label) for number in range(3) for thing in DETECTION.scene("val", number).objects}
+    first, *rest = sorted(present)
+    meta = {"base_classes": (first,), "novel_classes": tuple(rest)}
+    scores = evaluate(scenes, REVERSED, {first}, OVCocoMetric, meta, use_mp_eval=use_mp_eval)
+    assert (scores["coco/base_ap50"], scores["coco/novel_ap50"]) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", [Objects365V1Dataset, Objects365V2Dataset])
+def test_data_sets_that_read_the_file_themselves(kind, scenes):
+    settings = {"pipeline": [], "data_prefix": {"img": ""}, "metainfo": {"classes": REVERSED}}
+    dataset = kind(ann_file=str(scenes / "annotations/instances_val2017.json"), **settings)
+    for number in range(3):
+        names = [REVERSED[one["bbox_label"]] for one in dataset.get_data_info(number)["instances"]]
+        assert names == [str(thing.label) for thing in DETECTION.scene("val", number).objects]
+
+
+def test_panoptic_files_that_mmdet_reads_itself(scenes):
+    file = scenes / "annotations/panoptic_val2017.json"
+    names = {category["id"]: category["name"] for category in json.loads(file.read_text())["categories"]}
+    assert [names[number] for number in COCOPanoptic(str(file)).get_cat_ids(REVERSED)] == list(REVERSED)
+
+
+def test_a_metric_with_another_packages_file(scenes):
+    metric = CocoMetric()
+    metric._coco_api = pycocotools.coco.COCO(str(scenes / "annotations/instances_val2017.json"))
+    check_metric(metric, instances(scenes))
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [5, 5, 5]])
@@ -170,6 +204,32 @@ def test_panoptic_files_of_other_shapes(scenes, coco):
     assert list(segments(panoptic(coco, REVERSED, BACKGROUNDS[::-1]))) == expected
 
 
+def test_segment_ids_that_every_image_has(coco):
+    """Of the annotations of an image, those of others with the same ids are no part."""
+    expected = list(segments(panoptic(coco)))
+    folder = coco / "annotations/panoptic_val2017"
+
+    def change(content):
+        for annotation in content["annotations"]:
+            if not (folder / annotation["file_name"]).exists():
+                continue
+            png = np.asarray(Image.open(folder / annotation["file_name"]))
+            old, new = png @ np.array([1, 256, 65536]), np.zeros_like(png)
+            for number, segment in enumerate(annotation["segments_info"], start=1):
+                new[old == segment["id"]] = (number, 0, 0)
+                segment["id"] = number
+            Image.fromarray(new).save(folder / annotation["file_name"])
+
+    file = coco / "annotations/panoptic_val2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    assert list(segments(panoptic(coco))) == expected
+    api = PanopticFile(str(file))
+    number = content["images"][1]["id"]
+    assert {segment["image_id"] for segment in api.load_anns(api.get_ann_ids(img_ids=[number]))} == {number}
+
+
 def test_a_subset_of_panoptic_classes(scenes):
     chosen = (*CLASSES[5:], BACKGROUNDS[2])
     whole = list(segments(panoptic(scenes)))
@@ -215,6 +275,21 @@ def test_an_image_of_another_size_than_the_file_says(coco, monkeypatch):
     with pytest.raises(SampleError, match=message):
         dataset[1]
     assert dataset[0]["img"].shape == (96, 128, 3)
+
+
+def test_an_image_too_large_for_pillow_is_left_to_the_pipeline(scenes, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    dataset = instances(scenes, pipeline=[{"type": "LoadImageFromFile"}])
+    assert dataset[0]["img"].shape == (96, 128, 3)
+
+
+def test_an_image_of_another_size_than_its_own_annotation_says(coco):
+    """As in VOC's data sets, whose list of images has no sizes."""
+    dataset = instances(coco, pipeline=[{"type": "LoadImageFromFile"}])
+    check_files(dataset.pipeline)
+    sample = {**dataset.get_data_info(0), "width": 5}
+    with pytest.raises(SampleError, match="is 96 x 128 pixels high x wide, but 96 x 5 in its annotation$"):
+        dataset.pipeline(sample)
 
 
 def test_an_image_that_its_tag_turns(coco):
