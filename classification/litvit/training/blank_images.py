@@ -69,21 +69,23 @@ def blank_targets(number: int, num_classes: int, token_labels: TokenLabels | Non
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put a model's parameters, buffers and modes back after a block, and remove its gradients."""
+    """Put a model's buffers and modes back after a block, and remove its gradients.
+
+    Parameters change in an optimizer's step only. They are not copied, which would take as much memory again.
+    """
     modes = [(module, module.training) for module in model.modules()]
     held = [
-        (tensors, name, tensor, tensor.detach().clone())
+        (module._buffers, name, tensor, tensor.detach().clone())
         for module in model.modules()
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
+        for name, tensor in module._buffers.items()
         if tensor is not None
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensors, name, tensor, value in held:
-                tensors[name] = tensor
+            for buffers, name, tensor, value in held:
+                buffers[name] = tensor
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
         for module, mode in modes:
