@@ -285,7 +285,7 @@ def adapt_channels(entries: dict[str, Tensor], model: nn.Module) -> tuple[int, i
         wanted = getattr(model, "in_chans", conv.in_channels)
         held, rest = divmod(weight.shape[1] * conv.groups * wanted, conv.in_channels)
         if not rest:
-            with contextlib.suppress(NotImplementedError):
+            with contextlib.suppress(NotImplementedError):  # timm adapts weights for RGB alone; loading names others
                 entries[f"{name}.weight"] = adapt_input_conv(wanted, weight.detach(), base_chans=held)
                 adapted = held, wanted
     return adapted

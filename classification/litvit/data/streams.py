@@ -10,6 +10,7 @@ import random
 import re
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -58,7 +59,7 @@ class Encoded(NamedTuple):
             return Image.open(self.file)
 
 
-class Source:
+class Source(ABC):
     """What a stream is read from. Its constructor takes (name, split, root) and the keywords of `WebDatasetShards`.
 
     Attributes:
@@ -73,6 +74,7 @@ class Source:
         """Return the number of parts of a rank's share, None for any number. A loader process reads whole parts."""
         return None
 
+    @abstractmethod
     def read(self, share: Share, seed: int | None) -> Iterator[Encoded | Fault]:
         """Read a share of the stream once.
 
@@ -80,7 +82,6 @@ class Source:
             share: Share to read.
             seed: Seed of the order, the same for all shares; None for the order as it is.
         """
-        raise NotImplementedError
 
 
 class ImageStream(IterableDataset):

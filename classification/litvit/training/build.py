@@ -2,18 +2,21 @@
 
 from typing import Any
 
+import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from litvit.checkpoints import load_weights
-from litvit.data.loader import TrainingData
-from litvit.data.random_streams import Stream, seed_everything
+from litvit.data.loader import Batch, TrainingData
+from litvit.data.random_streams import Stream, random_stream, seed_everything
 from litvit.data.token_labels import TokenLabels
 from litvit.errors import InputError
 from litvit.processes import Processes, is_primary, start_processes
 from litvit.runs.folder import RunFolder, read_description
+from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
 from litvit.training.model import ModelConfig, build_model, data_settings, image_size
-from litvit.training.optimizer import create_optim
+from litvit.training.optimizer import check_optimizer, create_optim
 from litvit.training.step_guard import StepGuard
 from litvit.training.tasks import create_task, token_grid
 from litvit.training.trainer import Trainer
@@ -30,7 +33,6 @@ def build_trainer(config: Config) -> Trainer:
     """
     folder = RunFolder(config.run, config.model.model, is_primary())
     resumed = folder.load_last() if config.run.resume else None
-    # Before the data is opened: timm's streaming readers ask for the number of processes.
     processes = start_processes(config.run.device, config.run.dry_run)
     _check_same_checkpoint(processes, resumed, folder)
     data = TrainingData(config.data, config.augment, config.model.decoder, config.run.seed)
@@ -79,13 +81,50 @@ def build_trainer(config: Config) -> Trainer:
     )
     if resumed is not None:
         trainer.load_state_dict(resumed)
-    trainer.check_step()
+    check_step(trainer)
     if precision.torchcompile:
         task.compile(backend=precision.torchcompile)
     if processes.distributed:
         task.prepare_distributed(device_ids=[processes.device] if processes.device.type == "cuda" else None)
     trainer.guard.watch(model)
     return trainer
+
+
+def check_step(trainer: Trainer) -> None:
+    """Classify and train on one or two blank images, as the first step would. The run stays as it is.
+
+    Args:
+        trainer: Trainer of the run, its model not compiled yet: it would be compiled for this batch size.
+
+    Raises:
+        InputError: settings that the model or the optimizer cannot take a step with.
+    """
+    config, device, number = trainer.config, trainer.processes.device, min(trainer.config.data.batch_size, 2)
+    size = (config.model.in_chans, *to_2tuple(trainer.description["img_size"]))
+    num_classes = trainer.description["num_classes"]
+    model = trainer.task.get_trainable_module()
+
+    def step(number: int) -> None:
+        token_labels = getattr(trainer.train_batches, "token_labels", None)
+        target = blank_targets(number, num_classes, token_labels, device)
+        with unchanged(model), wrong_settings("train", config.model, config.precision):
+            model.train()
+            trainer.forward_backward(Batch(torch.zeros(number, *size, device=device), target, []), 0, True)
+
+    devices = [device] if device.type == "cuda" else []
+    with random_stream(Stream.MICRO_BATCH, config.run.seed), torch.random.fork_rng(devices):
+        check_scores(model, config.model, config.precision, size, num_classes, device)
+        check_optimizer(config.optim, device)
+        try:
+            step(number)
+        except InputError as error:
+            if number > 1:
+                raise
+            step(2)  # other faults than the batch size
+            raise InputError(
+                f"{config.model.model} cannot train on one image of {size[1]} x {size[2]} pixels at a time: "
+                f"--batch-size 2 or more, or a larger --img-size ({' '.join(str(error.__cause__).split())})"
+            ) from error
 
 
 def _differences(config: ModelConfig, classes: list[str] | None) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from litvit.data.dataset import Fault
 from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches
-from litvit.data.random_streams import Stream, random_stream, seed_everything
+from litvit.data.random_streams import Stream, seed_everything
 from litvit.data.readers import check_class_numbers
 from litvit.data.streams import ImageStream
 from litvit.errors import InputError
@@ -28,10 +28,8 @@ from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Proce
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
-from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
-from litvit.training.optimizer import check_optimizer
 from litvit.training.step_guard import Diverged, StepGuard
 
 logger = logging.getLogger("litvit")
@@ -132,41 +130,6 @@ class Trainer:
         self.scheduler.step(self.progress.epoch)
         self.scheduler.step_update(self.progress.step)
 
-    def check_step(self) -> None:
-        """Classify and train on one or two blank images, as the first step would. The run stays as it is.
-
-        The model must not be compiled yet: it would be compiled for this batch size.
-
-        Raises:
-            InputError: settings that the model or the optimizer cannot take a step with.
-        """
-        config, device, number = self.config, self.processes.device, min(self.config.data.batch_size, 2)
-        size = (config.model.in_chans, *to_2tuple(self.description["img_size"]))
-        num_classes = self.description["num_classes"]
-        model = self.task.get_trainable_module()
-
-        def step(number: int) -> None:
-            token_labels = getattr(self.train_batches, "token_labels", None)
-            target = blank_targets(number, num_classes, token_labels, device)
-            with unchanged(model), wrong_settings("train", config.model, config.precision):
-                model.train()
-                self._forward_backward(Batch(torch.zeros(number, *size, device=device), target, []), 0, True)
-
-        devices = [device] if device.type == "cuda" else []
-        with random_stream(Stream.MICRO_BATCH, config.run.seed), torch.random.fork_rng(devices):
-            check_scores(model, config.model, config.precision, size, num_classes, device)
-            check_optimizer(config.optim, device)
-            try:
-                step(number)
-            except InputError as error:
-                if number > 1:
-                    raise
-                step(2)  # other faults than the batch size
-                raise InputError(
-                    f"{config.model.model} cannot train on one image of {size[1]} x {size[2]} pixels at a time: "
-                    f"--batch-size 2 or more, or a larger --img-size ({' '.join(str(error.__cause__).split())})"
-                ) from error
-
     def run(self) -> int:
         """Train to the last epoch, or until a signal.
 
@@ -263,7 +226,7 @@ class Trainer:
             if first_of_step:
                 self.guard.begin()
                 step_loss = torch.zeros_like(progress.loss_sum)
-            step_loss += self._forward_backward(batch, index, last_of_step)
+            step_loss += self.forward_backward(batch, index, last_of_step)
             if not last_of_step:
                 continue
             self._stop_at_fatal(faults)
@@ -288,7 +251,7 @@ class Trainer:
         bar.close()
         return (progress.steps_in_epoch - first) * self.total_batch / (time.perf_counter() - start)
 
-    def _forward_backward(self, batch: Batch, index: int, last_of_step: bool) -> Tensor:
+    def forward_backward(self, batch: Batch, index: int, last_of_step: bool) -> Tensor:
         """Compute the gradients of the epoch's micro-batch `index`. Returns its share of the step's loss."""
         # Random numbers depend on the position in the run alone: there is nothing to save, and nothing to restore.
         seed_everything(Stream.MICRO_BATCH, self.config.run.seed, self.progress.epoch, index, self.processes.rank)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -157,15 +157,18 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(digits_copy, monkeypat
         images[index]
 
 
-@pytest.mark.parametrize("format_", ["AVIF", "JPEG2000", "WEBP", "TIFF", "GIF", "BMP", "PNG", "QOI"])
+Image.init()
+# Those that the installed Pillow can write: the others are libraries of its build.
+WRITTEN = [name for name in ("WEBP", "AVIF", "TIFF", "GIF", "BMP", "PNG", "QOI") if name in Image.SAVE]
+WRITTEN += ["JPEG2000"] if features.check("jpg_2000") else []
+
+
+@pytest.mark.parametrize("format_", WRITTEN)
 def test_broken_files_of_every_format_are_unreadable_images(digits_copy, format_):
     """Under the name .png, which is what a crawler calls them."""
     picture = digits_copy / "train" / "3" / "00000.png"
     file, rng = io.BytesIO(), np.random.default_rng(0)
-    try:
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(file, format_)
-    except (KeyError, OSError):
-        pytest.skip(f"this Pillow does not write {format_}")
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(file, format_)
     images = open_images(DataConfig(str(digits_copy)), "train")
     images.transform = create_transform(32, use_prefetcher=True)
     index, whole, broken = images.filenames().index(str(picture)), file.getvalue(), 0

@@ -9,8 +9,9 @@ import torch
 import train
 
 from litvit.runs.folder import CHECKPOINT
+from litvit.training import build
+from litvit.training.build import check_step
 from litvit.training.recipe import parse_config
-from litvit.training.trainer import Trainer
 
 # An own model: a feature map of one value per channel, and what a test asks for.
 MODULE = """
@@ -105,7 +106,7 @@ def test_nothing_changes(flags, run_main):
     tensors = {name: value.clone() for name, value in trainer.task.state_dict().items()}
     modes = {name: module.training for name, module in trainer.task.named_modules()}
     states = random_states()
-    trainer.check_step()
+    check_step(trainer)
     assert states == random_states()
     assert all(torch.equal(value, tensors[name]) for name, value in trainer.task.state_dict().items())
     assert modes == {name: module.training for name, module in trainer.task.named_modules()}
@@ -116,7 +117,7 @@ def test_nothing_changes(flags, run_main):
 def test_a_run_is_bit_for_bit_what_it_is_without_the_check(flags, tmp_path, monkeypatch):
     run = [*flags[:-4], *RANDOM.split()]
     assert train.build_trainer(parse_config([*run, "--experiment", "checked", *flags[-4:]])).run() == 0
-    monkeypatch.setattr(Trainer, "check_step", lambda self: None)
+    monkeypatch.setattr(build, "check_step", lambda trainer: None)
     assert train.build_trainer(parse_config([*run, "--experiment", "plain", *flags[-4:]])).run() == 0
     checked, plain = (torch.load(tmp_path / "out" / name / CHECKPOINT) for name in ("checked", "plain"))
     for weights in ("state_dict", "state_dict_ema"):
@@ -144,5 +145,5 @@ def test_a_model_of_ones_own(digits, tmp_path, monkeypatch, run_main):
 def test_the_random_numbers_of_a_gpu_stay_too(flags):
     trainer = train.build_trainer(parse_config([*flags[:-4], *RANDOM.split(), *flags[-4:]]))
     before = torch.cuda.get_rng_state()
-    trainer.check_step()
+    check_step(trainer)
     assert torch.equal(before, torch.cuda.get_rng_state())
