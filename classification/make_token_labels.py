@@ -12,16 +12,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
 import torch
 from timm.utils.distributed import world_info_from_env
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from litvit.cli import ArgumentParser, run
 from litvit.data.loader import default_workers
 from litvit.data.readers import DataConfig, class_list, open_images
 from litvit.data.token_labels import label_files
+from litvit.data.workers import WatchedLoader
 from litvit.errors import InputError
 from litvit.memory import keep_freed_memory
-from litvit.processes import EXIT_INTERRUPTED, StopSignals, choose_device, leave_signals_to_the_trainer
+from litvit.processes import EXIT_INTERRUPTED, StopSignals, choose_device
 from litvit.settings import add_flags, take
 from litvit.training import teacher
 from litvit.training.evaluate import MAX_NAMED
@@ -130,13 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
 
-    loader = DataLoader(
+    loader = WatchedLoader(
         teacher.IndexedImages(images, to_make),
         batch_size=settings.batch_size,
         num_workers=default_workers() if settings.workers is None else settings.workers,
         collate_fn=teacher.collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_trainer,
     )
     start, kept = time.perf_counter(), len(mine) - len(to_make)
     hidden = rank > 0 or not sys.stderr.isatty()

@@ -1,13 +1,13 @@
 """The processes of a run: signals, exit statuses, sums over all ranks, and an orderly end.
 
-scheduler or user -- SIGTERM, SIGUSR1, Ctrl-C --> trainer: finishes its step, agrees with the other ranks, saves,
-                                                  and leaves with EXIT_INTERRUPTED
+user or scheduler -- SIGTERM, SIGUSR1, SIGHUP or Ctrl-C --> trainer: finishes its step, agrees with the other ranks,
+                                                  saves, and leaves with EXIT_INTERRUPTED
 launcher script   -- SIGTERM --> workers (the trainers): the same; each writes its exit status into the file that
                                  LITVIT_STATUS_FILE names and exits with 0, so that torchrun does not restart it;
                                  the script exits with the status in the file
 worker dies       --> torchrun restarts all workers; one that finds a status in the file exits with 0 at once
 launcher dies     --> PR_SET_PDEATHSIG kills the workers, and their loader processes end with them
-loader process    --> ignores SIGUSR1 and Ctrl-C, and obeys a SIGTERM of its trainer alone
+loader process    --> ignores SIGUSR1, SIGHUP and Ctrl-C, obeys a SIGTERM of its trainer alone, and ends with it
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -34,7 +35,8 @@ EXIT_INPUT_ERROR = 2
 EXIT_DIVERGED = 3  # the loss or a gradient was not finite in many steps in a row
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved after a signal; the same command continues
 EXIT_CTRL_C = 130
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: a scheduler's notice before a time limit
+# SIGUSR1: a scheduler's notice before a time limit. SIGHUP: a terminal that was closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STATUS_FILE = "LITVIT_STATUS_FILE"
 LAUNCHER = "LITVIT_LAUNCHER"  # process id of the launcher
 
@@ -44,18 +46,26 @@ class Interrupted(Exception):  # noqa: N818 - not an error, as KeyboardInterrupt
 
 
 class StopSignals:
-    """Context that records SIGTERM, SIGUSR1 and Ctrl-C. A second Ctrl-C ends the process at once."""
+    """Context that records SIGTERM, SIGUSR1, SIGHUP and Ctrl-C. A second Ctrl-C ends the process at once.
+
+    A SIGHUP that nohup has the process ignore stays ignored.
+    """
+
+    active: "StopSignals | None" = None
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS if number not in ignored}
+        StopSignals.active = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        StopSignals.active = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -63,6 +73,11 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+def stop_signal() -> signal.Signals | None:
+    """Return the signal that has asked this process to stop, if a `StopSignals` context has recorded one."""
+    return None if StopSignals.active is None else StopSignals.active.received
 
 
 @dataclass
@@ -84,7 +99,8 @@ class Processes:
     distributed: bool = False
 
     def __post_init__(self) -> None:
-        self.cpu_group = dist.new_group(backend="gloo") if self.distributed else None
+        # The others may wait for a process that waits for its data. One that has died ends their wait at once.
+        self.cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.distributed else None
 
     @property
     def primary(self) -> bool:
@@ -158,12 +174,12 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
+def leave_signals_to_the_trainer() -> None:
     """Let a loader process ignore the signals that end a run in good order: the trainer still needs its batches.
 
     A SIGTERM of the trainer itself ends it. Python stops in this way the processes that are left when it exits.
     """
-    for number in STOP_SIGNALS[1:]:
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -176,6 +192,13 @@ def _end_with_the_trainer() -> None:
     os._exit(0)
 
 
+def end_with_parent() -> None:
+    """Be killed when the thread ends that has started this process. On Linux only."""
+    set_parent_death_signal = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def follow_the_launcher() -> None:
     """Be killed when the launcher is, and leave at once if the run has been ended on purpose.
 
@@ -183,12 +206,11 @@ def follow_the_launcher() -> None:
     """
     if STATUS_FILE not in os.environ:
         return
-    set_parent_death_signal = 1
-    with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    end_with_parent()
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
         sys.exit("the launcher is gone")  # it ended before the line above
-    if Path(os.environ[STATUS_FILE]).read_text():  # torchrun has restarted a worker that had left deliberately
+    status = Path(os.environ[STATUS_FILE])
+    if status.exists() and status.read_text():  # torchrun has restarted a worker that had left deliberately
         sys.exit(0)
 
 

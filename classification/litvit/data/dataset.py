@@ -16,6 +16,7 @@ from litvit.data.augment import TrainTransform
 from litvit.data.pixels import Decoder
 from litvit.data.random_streams import Stream, random_stream
 from litvit.data.sampler import SampleKey
+from litvit.data.workers import reading
 from litvit.errors import InputError, is_from_user_code, one_line, printable
 
 _PILLOW = os.path.dirname(Image.__file__) + os.sep
@@ -107,13 +108,16 @@ class Images(Dataset):
         Raises:
             InputError: an unreadable image.
         """
+        reading(self.name(index))
         with unreadable(lambda: self.name(index)):
             file, target, *_ = self.dataset.reader[index]
             return Image.open(file), target
 
     def _read(self, index: int) -> tuple[Any, int]:
         image, target = self.open(index)
-        return transform_image(image, self.transform, self.decoder, lambda: self.name(index)), target
+        transformed = transform_image(image, self.transform, self.decoder, lambda: self.name(index))
+        reading("")
+        return transformed, target
 
     def name(self, index: int) -> str:
         """Return the path of an image for a message."""

@@ -19,8 +19,9 @@ from litvit.data.readers import DataConfig, class_list, open_train_and_val
 from litvit.data.sampler import EpochSampler
 from litvit.data.streams import ImageStream
 from litvit.data.token_labels import TokenLabels, soft_targets
+from litvit.data.workers import WatchedLoader
 from litvit.errors import InputError
-from litvit.processes import Processes, leave_signals_to_the_trainer
+from litvit.processes import Processes
 
 
 class Batch(NamedTuple):
@@ -254,15 +255,14 @@ def eval_loader(
     return DevicePrefetcher(loader, data_config["mean"], data_config["std"], processes.device)
 
 
-def _loader(dataset: Dataset, device: torch.device, workers: int, **kwargs) -> DataLoader:
+def _loader(dataset: Dataset, device: torch.device, workers: int, **kwargs) -> WatchedLoader:
     """Make a loader whose processes stay for the next epoch."""
-    return DataLoader(
+    return WatchedLoader(
         dataset,
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_the_trainer,
         **kwargs,
     )
 

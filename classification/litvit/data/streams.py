@@ -24,6 +24,7 @@ from litvit.data.dataset import Fault, Sample, blank_sample, transform_image, un
 from litvit.data.listing import image_suffixes, shorten, tar_members
 from litvit.data.pixels import Decoder
 from litvit.data.random_streams import Stream, random_stream
+from litvit.data.workers import reading
 from litvit.errors import InputError, printable
 
 
@@ -287,10 +288,13 @@ class WebDatasetShards(Source):
             files = tar_file_expander(url_opener(iter([{"url": shard}]), note), note, select_files=_is_not_hidden)
         else:
             files = _files(shard, note)
+        reading(printable(shard))
         for sample in group_by_keys(files, handler=note):
             item = self._encoded(f"{printable(sample['__key__'])} of {printable(shard)}", sample)
             if item is not None:
+                reading("")
                 yield item
+                reading(printable(shard))
         for error in errors:
             reason = f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}"
             says = f"cannot read the shard {printable(shard)} ({reason}): repair or replace it"

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from litvit.cli import ArgumentParser, import_modules, run
@@ -15,8 +15,8 @@ from litvit.data.loader import default_workers
 from litvit.data.pixels import Decoder, is_16_bit, orientation
 from litvit.data.readers import DataConfig, open_train_and_val
 from litvit.data.streams import ImageStream
+from litvit.data.workers import WatchedLoader
 from litvit.errors import InputError
-from litvit.processes import leave_signals_to_the_trainer
 from litvit.settings import add_flags, take
 from litvit.training.flags import HelpFormatter
 from litvit.training.model import ModelConfig
@@ -81,12 +81,11 @@ def check_images(images: Images | ImageStream, workers: int, name: str = "images
         examined = _ExaminedStream(images)
     else:
         examined = _Examined(images)
-    loader = DataLoader(
+    loader = WatchedLoader(
         examined,
         batch_size=64,
         num_workers=workers,
         collate_fn=list,  # lists of strings, no tensors
-        worker_init_fn=leave_signals_to_the_trainer,
     )
     count, found = 0, defaultdict(list)
     with tqdm(total=len(images) or None, desc=name, unit="image") as bar:

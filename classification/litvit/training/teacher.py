@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from litvit.checkpoints import load_weights
 from litvit.data.dataset import Images
 from litvit.data.readers import check_class_numbers, class_list, class_names
 from litvit.data.token_labels import TEACHER
+from litvit.data.workers import NoBatch
 from litvit.errors import InputError, is_from_user_code
 from litvit.processes import StopSignals
 from litvit.training.model import ModelConfig, PrecisionConfig, build_model
@@ -150,7 +152,7 @@ def make_labels(
         Number of files that were made; for every image that cannot be decoded, the reason.
     """
     made, writing, unreadable = 0, deque(), []
-    with ThreadPoolExecutor(WRITERS) as pool:
+    with ThreadPoolExecutor(WRITERS) as pool, suppress(NoBatch):
         for numbers, pixels, reasons in loader:
             unreadable += reasons
             bar.update(len(numbers) + len(reasons))

@@ -1,0 +1,161 @@
+"""Loader processes: what each of them reads, and a wait for them that answers signals and finds the dead."""
+
+import logging
+import multiprocessing
+import multiprocessing.queues
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from ctypes import Array, c_char
+from functools import partial
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
+
+from litvit.errors import InputError, printable
+from litvit.processes import end_with_parent, leave_signals_to_the_trainer, stop_signal
+
+logger = logging.getLogger("litvit")
+
+WAIT_TOLD = 60.0  # seconds between warnings of a wait that lasts
+_NAME_BYTES = 1024
+_SHARED_MEMORY = "/dev/shm"
+
+_file_read: Array[c_char] | None = None  # in a loader process: memory that it shares with the trainer
+
+
+class DeadLoaderError(InputError):
+    """A loader process was killed. The batches that it was to bring are lost, and a new loader would bring them."""
+
+
+class NoBatch(Exception):  # noqa: N818 - not an error, as KeyboardInterrupt
+    """A signal asked the process to stop while it waited for a batch."""
+
+
+def reading(name: str) -> None:
+    """Tell the trainer which file this loader process begins to read. Other processes tell nothing.
+
+    Args:
+        name: Name of the file, empty when it is read.
+    """
+    if _file_read is not None:
+        _file_read.value = name.encode("utf-8", "surrogateescape")[: _NAME_BYTES - 1]
+
+
+class WatchedLoader(DataLoader):
+    """DataLoader whose wait for a batch answers signals, says what it waits for, and ends if a loader process has died.
+
+    Its iterator raises, besides what a DataLoader's raises,
+
+    - `NoBatch` if a signal comes that a `StopSignals` context records,
+    - `DeadLoaderError` if a loader process was killed,
+    - `InputError` if batches do not fit into shared memory.
+
+    It warns every minute that it waits. The warning names the files that loader processes told of by `reading`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._watch()
+
+    @classmethod
+    def of(cls, loader: DataLoader) -> "WatchedLoader":
+        """Turn a DataLoader that another library has made, and that has not been iterated, into a watched one."""
+        if not isinstance(loader, cls):
+            loader.__class__ = type(cls.__name__, (cls, type(loader)), {}) if type(loader) is not DataLoader else cls
+            loader._watch()
+        return loader
+
+    def _watch(self) -> None:
+        self.timeout = 1 if self.num_workers else 0  # seconds, after which `_watched` looks around
+        self._files_read = [RawArray(c_char, _NAME_BYTES) for _ in range(self.num_workers)]
+        self.worker_init_fn = partial(_start_worker, self._files_read, self.worker_init_fn)
+
+    def __iter__(self) -> Iterator[Any]:
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = super().__iter__()
+        if not self.num_workers:
+            return batches
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            # torch's handler would raise for a dead loader process in the middle of a step. The next wait finds it.
+            signal.signal(signal.SIGCHLD, handler)
+        return self._watched(batches)
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        start = told = time.monotonic()
+        while True:
+            before = self._files()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise self._explained(error, batches) from error
+                if stop_signal() is not None:
+                    for process in multiprocessing.active_children():
+                        process.kill()  # it may hang in a read, and would be waited for when this process ends
+                    raise NoBatch from None
+                now = time.monotonic()
+                if now - told > WAIT_TOLD:
+                    told = now
+                    files = [name for name, last in zip(self._files(), before, strict=True) if name and name == last]
+                    whom = f"the loader processes, which read {', '.join(files)}" if files else "the loader processes"
+                    logger.warning("waiting for data for %.0f s: for %s", now - start, whom)
+                continue
+            yield batch
+            start = told = time.monotonic()
+
+    def _files(self) -> list[str]:
+        return [printable(file.value.decode("utf-8", "surrogateescape")) for file in self._files_read]
+
+    def _explained(self, error: RuntimeError, batches: Iterator[Any]) -> Exception:
+        """Return the exception to raise for one that torch has raised."""
+        message = str(error)
+        if not re.search(r"exited unexpectedly|killed by signal", message):
+            full = "No space left on device" in message and re.search(r"shm|shared memory|torch_\d", message)
+            return InputError(_shared_memory_is_full()) if full else error
+        dead = [(file, process.exitcode) for file, process in zip(self._files(), batches._workers, strict=True)]
+        dead = [(file, status) for file, status in dead if status is not None]
+        if any(status == -signal.SIGBUS for _, status in dead):
+            return InputError(_shared_memory_is_full())
+        told = [
+            (f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}")
+            + (f" while it read {file}" if file else "")
+            for file, status in dead
+        ]
+        how = "; another ".join(told) or "has died"
+        return DeadLoaderError(f"a loader process {how}: if memory is short, use fewer loader processes")
+
+
+def _shared_memory_is_full() -> str:
+    size = ""
+    if os.path.isdir(_SHARED_MEMORY):
+        size = f", of {shutil.disk_usage(_SHARED_MEMORY).total / 2**20:.0f} MiB,"
+    return (
+        f"the shared memory {_SHARED_MEMORY}{size} is full: make it larger (docker run --shm-size 8g), use fewer "
+        "loader processes, or none"
+    )
+
+
+def _start_worker(files_read: list[Array], init: Callable[[int], None] | None, worker: int) -> None:
+    global _file_read
+    _file_read = files_read[worker]
+    reading("")
+    end_with_parent()
+    leave_signals_to_the_trainer()
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
+    if init is not None:
+        init(worker)
+
+
+def _send_error(queue: multiprocessing.queues.Queue, error: Exception, item: Any) -> None:
+    """Send an error in the place of the batch that could not be sent, which would be waited for without end."""
+    if isinstance(item, tuple):
+        index = item[0]
+        queue.put((index, ExceptionWrapper((type(error), error, error.__traceback__), "while a batch was sent")))
