@@ -148,11 +148,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_checked(path: str) -> Any:
-    with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file, whose checksums torch.load does not check
-        damaged = archive.testzip()
+    verify_checksums(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def verify_checksums(path: str | Path) -> None:
+    """Verify the checksums of a file of torch.save, a zip file. torch.load does not look at them.
+
+    Raises:
+        zipfile.BadZipFile: the file is damaged, cut off, or no zip file.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can make zipfile raise nearly anything
+        raise zipfile.BadZipFile(str(error)) from error
     if damaged is not None:
         raise zipfile.BadZipFile(f"checksum of {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
