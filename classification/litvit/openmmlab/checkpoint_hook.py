@@ -39,6 +39,7 @@ class SavesFirst(CheckpointHook):
             super().after_train_epoch(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        runner.validated_at = runner.iter  # all other hooks have had the metrics
         with self._saving(runner):
             super().after_val_epoch(runner, metrics)
 

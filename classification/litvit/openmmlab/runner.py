@@ -272,6 +272,8 @@ class TrainingRunner(_Runner):
         super().register_hook(hook, priority)
         for registered in self._hooks:
             save_before_deleting(registered)
+        # What they save is to hold what all other hooks have done.
+        self._hooks.sort(key=lambda hook: isinstance(hook, CheckpointHook))
 
     @property
     def bad_in_a_row(self) -> int:
@@ -305,20 +307,15 @@ class TrainingRunner(_Runner):
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
         hooks = self._hooks
-        saves = [hook for hook in hooks if isinstance(hook, CheckpointHook)]
-        others = [hook for hook in hooks if hook not in saves]
-        groups = [hooks]
         if self.may_be_spoilt and fn_name in ("after_train_iter", "after_train_epoch"):
-            groups = [others]
-        elif fn_name == "after_val_epoch":  # a checkpoint that is saved now holds what all hooks make of the metrics
-            groups = [others, saves]
+            # The hook would count a checkpoint that is not to be saved.
+            self._hooks = [hook for hook in hooks if not isinstance(hook, CheckpointHook)]
         try:
-            for self._hooks in groups:
-                if self._hooks is saves:
-                    self.validated_at = self.iter
-                super().call_hook(fn_name, **kwargs)
+            super().call_hook(fn_name, **kwargs)
         finally:
             self._hooks = hooks
+        if fn_name == "after_val_epoch" and not any(isinstance(hook, CheckpointHook) for hook in hooks):
+            self.validated_at = self.iter
 
     def train(self) -> nn.Module:
         """Train the model.
