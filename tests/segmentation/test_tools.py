@@ -104,12 +104,12 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     file.write_text(f"_base_ = '{config}'\nload_from = '{trained / 'iter_2.pth'}'\n{PRETRAINED}")
     done = run("train.py", file, "--work-dir", folder, "--resume")
     assert done.returncode == 0, done.stderr
-    assert f"{cut} is cut off or missing: {folder / 'iter_1.pth'} is used instead" in done.stderr
+    assert f"{cut} is damaged or missing: {folder / 'iter_1.pth'} is used instead" in done.stderr
     assert "resumed epoch: 0, iter: 1" in done.stdout
     assert "Iter(train) [1/2]" not in done.stdout
     assert "Iter(train) [2/2]" in done.stdout
     assert load_from_file(cut)["meta"]["iter"] == 2
-    assert not list(folder.glob("*.part"))
+    assert {file.name for file in folder.glob("*.pth*")} == {"iter_1.pth", "iter_2.pth", "iter_2.pth.damaged"}
 
 
 def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp_path):

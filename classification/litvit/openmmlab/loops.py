@@ -138,7 +138,7 @@ class Saver:
         self.processes = Processes(torch.device(get_device()), runner.rank, runner.world_size, is_distributed())
         self.unit, self.every = interval(every)
         self.signals = StopSignals()
-        self.last_save = time.monotonic()
+        self.last_save, self.last_iteration = time.monotonic(), None
         self.validating = False
 
     def fetch(self, batches: Iterator[Any], number: int) -> list[Any]:
@@ -164,8 +164,10 @@ class Saver:
         return fetched
 
     def _is_due(self) -> bool:
-        by_steps = self.unit == "steps"
-        due = self.loop.iter % self.every == 0 if by_steps else time.monotonic() - self.last_save > self.every
+        if self.unit == "steps":
+            due = self.loop.iter % self.every == 0 and self.loop.iter != self.last_iteration
+        else:
+            due = time.monotonic() - self.last_save > self.every
         return due and self.loop.iter > 0 and self.processes.primary and not self.runner.is_saved()
 
     def save(self) -> bool:
@@ -183,7 +185,8 @@ class Saver:
             return True
         if runner.may_be_spoilt or not runner.is_between_steps:
             return False
-        self.last_save = time.monotonic()  # also if it fails: the next attempt is as far away
+        # Also if it fails: the next attempt is as far away.
+        self.last_save, self.last_iteration = time.monotonic(), loop.iter
         meta = {"epoch": loop.epoch, "iter": loop.iter}
         try:
             with self._weights_of_training():
@@ -199,9 +202,11 @@ class Saver:
         hooks = [hook for hook in self.runner.hooks if isinstance(hook, EMAHook)] if self.validating else []
         for hook in hooks:
             hook._swap_ema_parameters()
-        yield
-        for hook in hooks:
-            hook._swap_ema_parameters()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook._swap_ema_parameters()
 
     def _stop(self) -> None:
         saved = self.save()

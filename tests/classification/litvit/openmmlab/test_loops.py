@@ -360,7 +360,7 @@ def test_a_full_disk_deletes_nothing(disk, undisturbed, tmp_path):
         ("before_train_iter", 13): lambda runner: files.extend(path.name for path in tmp_path.iterdir()),
         ("before_train_iter", 14): disk.empty,
     }
-    keep = {"by_epoch": True, "save_best": "sum", "rule": "greater", "max_keep_ckpts": 1}
+    keep = {"interval": 1, "save_best": "sum", "rule": "greater", "max_keep_ckpts": 1}
     hooks = {"default_hooks": {"checkpoint": {"type": "CheckpointHook", **keep}}}
     assert train(tmp_path / "whole", **SEED, **hooks) == 0
     assert train(tmp_path, actions, **SEED, **hooks, checkpoint_every=2) == 0
