@@ -8,12 +8,12 @@ how many batches of its epoch are done, and they are passed over without being r
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import is_distributed
+from mmengine.dist import broadcast, is_distributed
 from mmengine.hooks import EMAHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, ValLoop
 from torch import nn
@@ -316,7 +316,14 @@ class _ExactLoop:
         self._decide_current_val_interval()
         if self.runner.val_loop is not None and self.is_validation_due():
             self._seed()
+            self._share_buffers()
             self.runner.val_loop.run()
+
+    def _share_buffers(self) -> None:
+        """Let all processes validate with the first one's BatchNorm statistics, which are those of a checkpoint."""
+        models = [self.runner.model, *(hook.ema_model for hook in self.runner.hooks if isinstance(hook, EMAHook))]
+        for buffer in chain.from_iterable(model.buffers() for model in models):
+            broadcast(buffer)
 
     def _seed(self) -> None:
         seed_everything(Stream.MICRO_BATCH, self.runner.base_seed, self._iter, self.runner.rank)

@@ -458,3 +458,38 @@ def test_checkpoints_in_time(tmp_path):
     assert not seen
     assert train(tmp_path / "often", {}, checkpoint_every="0.000001s") == 0
     assert not list((tmp_path / "often").glob("last.pth"))
+
+
+def one_of_two(rank, folder, port, ends):
+    """Train in one of two processes: `ends` are the disturbance and the expected exit status of each start."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name, status, actions, changes in ends:
+        Numbers.broken = ()
+        actions = {key: action for key, (of_rank, action) in actions.items() if of_rank == rank}
+        assert train(folder / name, actions, launcher="pytorch", **SEED, **changes) == status
+    os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
+
+
+def break_a_sample(runner):
+    Numbers.broken = tuple(range(22))
+
+
+def test_two_processes_stop_and_continue_together(tmp_path):
+    """After a signal to one of them, also in a validation, and a sample that one of them cannot read."""
+    iterations = {"by_epoch": False}
+    ends = [
+        ("whole", 0, {}, {}),
+        ("run", 75, {("before_train_iter", 4): (1, send(signal.SIGTERM))}, {}),
+        ("run", 75, {("before_val_iter", 6): (1, send(signal.SIGTERM))}, {}),
+        ("run", 2, {("after_train_iter", 7): (1, break_a_sample)}, {}),
+        ("run", 0, {}, {}),
+        ("whole iterations", 0, {}, iterations),
+        ("iterations", 75, {("before_train_iter", 8): (0, send(signal.SIGUSR1))}, iterations),
+        ("iterations", 0, {}, iterations),
+    ]
+    torch.multiprocessing.start_processes(one_of_two, (tmp_path, 29511, ends), nprocs=2, start_method="fork")
+    assert_same(content(tmp_path / "run"), content(tmp_path / "whole"))
+    assert_same(content(tmp_path / "iterations"), content(tmp_path / "whole iterations"))
