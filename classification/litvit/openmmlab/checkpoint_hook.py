@@ -45,7 +45,7 @@ class SavesFirst(CheckpointHook):
 
     def after_save_checkpoint(self, runner: Runner, path: str) -> None:
         """Delete what has been replaced. `TrainingRunner.save_checkpoint` calls it when a checkpoint is saved."""
-        if isinstance(self.file_backend, _Removals):
+        if isinstance(getattr(self, "file_backend", None), _Removals):
             self.file_backend.carry_out(but=path)
             self._remember(runner)
 

@@ -331,7 +331,7 @@ class _Loading:
 
     def __call__(self, results: dict) -> dict:
         stated = results.get("height"), results.get("width")
-        reading(str(results["img_path"]))
+        reading(str(results.get("img_path", "")))
         try:
             results = self.step(results)
         except Exception as error:  # a broken file can raise nearly anything

@@ -263,6 +263,7 @@ class Saver:
                 )
             self.processes.sum()
             raise Stopped(EXIT_INTERRUPTED)
+        self.runner.delete_checkpoints_in_time()
 
 
 class _ExactLoop:
@@ -297,7 +298,7 @@ class _ExactLoop:
             try:
                 if self.has_ended() and not self.is_validation_due():
                     self.runner.logger.info(f"this run has ended already, at iteration {self._iter}")
-                    self.saver.end()
+                    self.runner.delete_checkpoints_in_time()
                 else:
                     self.train()
             except NoBatch:  # in a loop of the user's own, in which processes do not agree

@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from json import JSONDecodeError
@@ -431,7 +432,7 @@ class TrainingRunner(_Runner):
         return self._latest is not None and self._latest[1] == self._state(self._meta())
 
     def save_end(self) -> bool:
-        """Have the end of the training saved, and delete the checkpoints in time, in the first process.
+        """Have the end of the training saved in the first process.
 
         The last checkpoint of the config's is saved again if it does not know of the last validation.
 
@@ -445,13 +446,17 @@ class TrainingRunner(_Runner):
                 self.save_checkpoint(self.work_dir, CHECKPOINT, by_epoch=False, meta=self._meta())
             elif not self.is_saved():
                 self._latest[2]()
-            if Path(self._latest[0]).name != CHECKPOINT:
-                for name in (CHECKPOINT, PREVIOUS):
-                    Path(self.work_dir, name).unlink(missing_ok=True)
-        except (NotSaved, OSError) as error:
+        except NotSaved as error:
             self.logger.warning(str(error))
             return False
         return True
+
+    def delete_checkpoints_in_time(self) -> None:
+        """Delete the checkpoints that were saved in time, unless one of them is the only one of the end."""
+        if is_main_process() and self._latest is not None and Path(self._latest[0]).name != CHECKPOINT:
+            for name in (CHECKPOINT, PREVIOUS):
+                with suppress(OSError):
+                    os.remove(os.path.join(self.work_dir, name))
 
 
 def _take_seed(cfg: Config) -> None:

@@ -17,7 +17,8 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, METRICS, MODELS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, LOOPS, METRICS, MODELS, DefaultScope
+from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from litvit.errors import InputError
@@ -195,6 +196,13 @@ VARIANTS = {
         "default_hooks": {"checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": 3}}
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _scope():
+    """Leave the registries of other tests as they are."""
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -440,8 +448,8 @@ def test_another_batch_size_continues_at_the_proportionate_place(variant, tmp_pa
     assert train(tmp_path, {("before_train_iter", 7): send(signal.SIGTERM)}, **changes) == 75
     assert train(tmp_path, train_dataloader=loader(by_epoch, batch_size=2), **changes) == 0
     (log,) = (path.read_text() for path in tmp_path.rglob("*.log") if "has changed" in path.read_text())
-    place = 4 if by_epoch else 16  # of 2 of 6 batches of 4 in the second epoch, and of 8
-    assert f"at the proportionate place, after {place} batches" in log or by_epoch
+    # 2 of the 6 batches of the second epoch are 3 of 11, and 8 batches of 4 are 16 of 2.
+    assert f"at the proportionate place, after {3 if by_epoch else 16} batches" in log
     assert content(tmp_path)["run.iter"] == (33 if by_epoch else 18)
 
 
@@ -451,13 +459,49 @@ def test_wrong_intervals_are_one_line(tmp_path):
 
 
 def test_checkpoints_in_time(tmp_path):
-    """Also of a loop that validates for long."""
-    seen = []
-    actions = {("before_train_iter", i): lambda runner: seen.extend(tmp_path.glob("last.pth")) for i in range(9)}
-    assert train(tmp_path, actions, checkpoint_every="1h") == 0
+    """By default every ten minutes. They are deleted at the end."""
+    seen = set()
+    look = lambda runner: seen.update(Path(runner.work_dir).glob("*.pth"))  # noqa: E731
+    actions = {("before_train_iter", i): look for i in range(6)}
+    assert train(tmp_path / "seldom", actions) == 0
     assert not seen
-    assert train(tmp_path / "often", {}, checkpoint_every="0.000001s") == 0
-    assert not list((tmp_path / "often").glob("last.pth"))
+    assert train(tmp_path / "often", actions, checkpoint_every="0.000001s") == 0
+    assert {path.name for path in seen} == {"last.pth", "previous.pth"}
+    assert not {path.name for path in (tmp_path / "often").glob("*.pth")} & {"last.pth", "previous.pth"}
+
+
+@pytest.mark.parametrize("variant", ["epochs", "iterations"])
+def test_a_checkpoint_of_another_program(variant, undisturbed, tmp_path):
+    """It does not say how far the data were used, nor whether it was validated."""
+    changes = SEED | VARIANTS[variant] | {"param_scheduler": []}
+    with pytest.raises(Killed):
+        train(tmp_path, {("before_train_iter", 13): kill}, **changes)
+    file = Path((tmp_path / "last_checkpoint").read_text())
+    checkpoint = load_from_file(file)
+    del checkpoint["meta"]["litvit"]
+    torch.save(checkpoint, file)
+    assert train(tmp_path, {("before_train_iter", 11): kill}, **changes) == 0
+    assert_same(content(tmp_path), undisturbed(**VARIANTS[variant], param_scheduler=[]))
+
+
+@LOOPS.register_module()
+class Own(EpochBasedTrainLoop):
+    pass
+
+
+def test_a_loop_of_the_users_own_stays_as_it_is(tmp_path):
+    assert train(tmp_path, train_cfg={"type": "Own", "max_epochs": 1}) == 0
+    assert [path for path in tmp_path.rglob("*.log") if "train_cfg.type is Own: signals are not" in path.read_text()]
+    assert train(tmp_path, train_cfg={"type": "Own", "max_epochs": 2}) == 0
+    assert load_from_file(tmp_path / "epoch_2.pth")["meta"]["iter"] == 12
+
+
+def test_a_pipeline_may_be_changed_by_a_hook(tmp_path):
+    """As mmdet's YOLOXModeSwitchHook does: the data set keeps its type."""
+    kinds = []
+    actions = {("before_train_iter", 0): lambda runner: kinds.append(type(runner.train_dataloader.dataset))}
+    assert train(tmp_path, actions) == 0
+    assert kinds == [Numbers]
 
 
 def one_of_two(rank, folder, port, ends):
