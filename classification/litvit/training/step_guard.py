@@ -54,6 +54,11 @@ class StepGuard:
         """Remember the buffers, before the first micro-batch of a step."""
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
 
+    def rewind(self) -> None:
+        """Put the buffers back to what they were before a step that will not be whole."""
+        for buffer, before in zip(self._buffers, self._buffers_before, strict=False):
+            buffer.copy_(before)
+
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a micro-batch."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -83,6 +88,7 @@ class StepGuard:
         self.optimizer.zero_grad()
         for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
             torch.where(bad.bool(), before, buffer, out=buffer)
+        self._buffers_before = []
         self.bad_steps += bad
         self.bad_in_a_row = (self.bad_in_a_row + bad) * bad
         return torch.where(bad.bool(), 0.0, loss)

@@ -207,8 +207,8 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(flags, tmp_path, u
     trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
     save_or_stop = trainer.saver.save_or_stop
 
-    def stop_at_step_6(progress, faults):
-        save_or_stop(progress, faults)
+    def stop_at_step_6(*args, **kwargs):
+        save_or_stop(*args, **kwargs)
         if trainer.progress.step == 6:
             raise Interrupted
 
