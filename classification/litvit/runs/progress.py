@@ -122,7 +122,8 @@ class Saver:
         due = due and whole_steps and self.processes.primary and progress.step > self.last_step
         due = due and progress.steps_in_epoch < self.steps_per_epoch
         for fault in faults:
-            if not fault.fatal and fault.path not in progress.unreadable:  # it may have been drawn again, in the place of another
+            # It may have been drawn again, in the place of another. What is fatal stops the run anyway.
+            if not fault.fatal and fault.path not in progress.unreadable:
                 logger.warning("%s; another image takes its place", fault.reason)
                 progress.unreadable.append(fault.path)
         dead = [str(problem)] if isinstance(problem, DeadLoaderError) else []

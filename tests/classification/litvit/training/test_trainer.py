@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -24,40 +23,6 @@ from litvit.runs.folder import BEST_WEIGHTS, CHECKPOINT, DIVERGED, PREVIOUS, rea
 from litvit.training.recipe import parse_config
 
 CLASSIFICATION = Path(train.__file__).parent
-# everything random is on: repeated augmentation, RandAugment, erasing, mixup, cutmix, stochastic depth, dropout
-RANDOM = "--mixup 0.8 --cutmix 1.0 --aug-repeats 3 --reprob 0.5 --drop-path 0.2 --drop 0.2 --model-ema --clip-grad 5"
-
-
-@pytest.fixture
-def flags(digits, tmp_path, tiny_flags):
-    """A run of 2 epochs of 4 updates in tmp_path/run, with all its randomness."""
-    return [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(tmp_path), "--experiment", "run"]
-
-
-def weights(folder):
-    """All that the checkpoint of a finished run holds of weights and optimizer."""
-    state = torch.load(Path(folder) / CHECKPOINT, weights_only=True)
-    tensors = {**state["state_dict"], **{f"ema.{k}": v for k, v in state["state_dict_ema"].items()}}
-    for index, entry in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
-    return tensors
-
-
-def assert_same_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-@pytest.fixture(scope="module")
-def undisturbed(digits, tmp_path_factory, tiny_flags):
-    """Folder of the run of `flags` without any disturbance."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    flags = [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(output)]
-    trainer = train.build_trainer(parse_config(flags))
-    assert trainer.run() == 0
-    return trainer.folder.path
 
 
 def run(*flags):
@@ -65,7 +30,9 @@ def run(*flags):
 
 
 @pytest.mark.parametrize("update", [1, 3, 4, 5])
-def test_interrupted_anywhere_the_run_ends_with_the_same_weights(flags, tmp_path, undisturbed, update):
+def test_interrupted_anywhere_the_run_ends_with_the_same_weights(
+    flags, tmp_path, undisturbed, update, assert_same_weights
+):
     trainer = train.build_trainer(parse_config(flags))
     step = trainer.guard.step
 
@@ -89,7 +56,7 @@ def test_interrupted_anywhere_the_run_ends_with_the_same_weights(flags, tmp_path
         assert row[3:6] == other[3:6]
 
 
-def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, undisturbed):
+def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, undisturbed, assert_same_weights):
     trainer = train.build_trainer(parse_config(flags))
     validate = trainer.validate
 
@@ -105,7 +72,7 @@ def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, u
     assert_same_weights(tmp_path / "run", undisturbed)
 
 
-def test_kill_9_at_a_random_moment(flags, tmp_path, undisturbed):
+def test_kill_9_at_a_random_moment(flags, tmp_path, undisturbed, assert_same_weights):
     command = [sys.executable, str(CLASSIFICATION / "train.py"), *flags, "--resume", "auto", "--checkpoint-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -203,7 +170,9 @@ def test_changed_settings_are_refused_by_name(undisturbed, tmp_path, flags, run_
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(flags, tmp_path, undisturbed, damage, capsys):
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    flags, tmp_path, undisturbed, damage, capsys, assert_same_weights
+):
     trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
     save_or_stop = trainer.saver.save_or_stop
 
@@ -450,53 +419,6 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monk
     assert torch.load(folder / CHECKPOINT, weights_only=True)["update"] == 8
 
 
-def rank_of(process):
-    """RANK of a process that torchrun started, None for others and for those that are gone."""
-    try:
-        variables = (process / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return next((int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")), None)
-
-
-def cmdline(process):
-    """Command line of a process, empty for one that is gone."""
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def kill_rank(rank, folder):
-    """Kill -9 the trainer process of that rank whose run is in the folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        if rank_of(process) == rank and str(folder).encode() in cmdline(process):
-            os.kill(int(process.name), signal.SIGKILL)
-            return
-    pytest.fail(f"no process of rank {rank}")
-
-
-@pytest.fixture
-def launch(flags):
-    """Start distributed_train.sh with two processes, and read its output to a line that holds a text."""
-
-    def start(*more, until="step 3/", **environment):
-        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-        process = subprocess.Popen(
-            ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", *more],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in process.stdout:
-            if until in line:
-                return process
-        pytest.fail(process.stderr.read())
-
-    return start
-
-
 def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, monkeypatch, capsys):
     trainer = train.build_trainer(parse_config(flags))
     step = trainer.guard.step
@@ -517,7 +439,7 @@ def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, m
     assert run(*flags, "--resume", "auto") == 0
 
 
-def test_a_run_whose_end_is_not_saved_says_so(flags, tmp_path, monkeypatch, undisturbed, capsys):
+def test_a_run_whose_end_is_not_saved_says_so(flags, tmp_path, monkeypatch, undisturbed, capsys, assert_same_weights):
     save = torch.save
 
     def full_at_the_end(state, path):
@@ -546,7 +468,9 @@ def test_two_processes_cannot_train_in_one_folder(flags, tmp_path, run_main):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_continues(flags, tmp_path, undisturbed, run_main):
+def test_a_run_that_was_killed_before_its_first_checkpoint_continues(
+    flags, tmp_path, undisturbed, run_main, assert_same_weights
+):
     def killed(report):
         raise RuntimeError("killed")
 
@@ -568,68 +492,3 @@ def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
     assert run(*flags) == 0
     assert "cannot write logs: [Errno 28] No space left on device" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] == 8
-
-
-def test_a_killed_process_is_started_again_and_the_weights_are_the_same(launch, tmp_path):
-    process = launch("--checkpoint-every", "1", MAX_RESTARTS="1")
-    kill_rank(1, tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "continuing at epoch" in out
-    (tmp_path / "run").rename(tmp_path / "killed")
-    process = launch()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert_same_weights(tmp_path / "killed", tmp_path / "run")
-
-
-def test_a_dead_process_ends_the_others_and_is_named(launch, tmp_path):
-    process = launch("--epochs", "500", MAX_RESTARTS="0")
-    kill_rank(1, tmp_path)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 60
-    assert process.returncode not in (0, EXIT_INTERRUPTED)
-    assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s*\n\s*exitcode\s*: -9", err), err
-
-
-def test_sigterm_to_the_launcher_while_workers_start_up_is_not_lost(flags, tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", "--epochs", "500"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    children = set()
-    while 1 not in {rank_of(entry) for entry in children}:  # of this run: other tests have launchers, too
-        assert process.poll() is None
-        children = {entry for entry in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in cmdline(entry)}
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == EXIT_INTERRUPTED, err
-
-
-@pytest.mark.parametrize("moment", ["start-up", "training"])
-def test_killed_launcher_takes_its_workers_along(launch, flags, tmp_path, moment):
-    if moment == "training":
-        process = launch("--epochs", "500")
-    else:
-        command = ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", "--epochs", "500"]
-        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=environment, **pipes)
-        children = set()
-        while 1 not in {rank_of(entry) for entry in children}:  # workers that have only just begun
-            assert process.poll() is None
-            children = {entry for entry in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in cmdline(entry)}
-    torchrun = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in (process.pid, *map(int, torchrun)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=180)  # the pipes close when the last of them is gone
-    assert not any(str(tmp_path).encode() in cmdline(entry) for entry in Path("/proc").glob("[0-9]*"))
-
-
-def test_sigterm_to_the_launcher_saves_and_exits_with_75(launch, tmp_path):
-    process = launch("--epochs", "500")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == EXIT_INTERRUPTED, err
-    assert (tmp_path / "run" / CHECKPOINT).is_file()
