@@ -374,7 +374,7 @@ class RunFolder:
         if not self.primary:
             return False
         try:
-            if not self.path.exists():
+            if not (self.path / SETTINGS).exists():  # the folder may be there: TensorBoard makes it
                 self.close()
                 self._make()
                 logger.warning("%s was deleted: it is made again, without its old files", self)

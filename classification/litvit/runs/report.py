@@ -22,13 +22,20 @@ def set_up_logging(folder: Path | None, primary: bool) -> None:
     """Send log lines to the terminal and to `folder`/train.log. Processes other than the first log warnings only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and primary:
-        # a new file if the run's folder was deleted and made again
-        handlers.append(WatchedFileHandler(folder / LOG, encoding="utf-8", errors="backslashreplace"))
+        handlers.append(_LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(_OneLine("%(message)s"))
     logging.raiseExceptions = False  # a full disk under the log file must not give one traceback per line
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     logger.setLevel(logging.INFO if primary else logging.WARNING)
+
+
+class _LogFile(WatchedFileHandler):
+    """A log file that is made again where its folder was deleted and made again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
 
 
 class _OneLine(logging.Formatter):

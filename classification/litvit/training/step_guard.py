@@ -47,8 +47,8 @@ class StepGuard:
         self._buffers_before: list[Tensor] = []
 
     def watch(self, model: nn.Module) -> None:
-        """Take a model's buffers (BatchNorm's statistics), which a step that is left out puts back."""
-        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        """Take a model's buffers that a step changes, BatchNorm's statistics: a step that is left out puts them back."""
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point() or not buffer.dim()]
 
     def begin(self) -> None:
         """Remember the buffers, before the first micro-batch of a step."""

@@ -1,23 +1,31 @@
 """A run that is never lost: kills, signals, broken checkpoints, bad numbers, bad images, full disks."""
 
+import fcntl
 import io
 import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import termios
+import time
 from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import train
 from safetensors.torch import load_file, save_file
 
 from litvit import cli
+from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
 from litvit.runs.folder import BEST_WEIGHTS, CHECKPOINT, DIVERGED, PREVIOUS, read_description
 from litvit.training.recipe import parse_config
@@ -492,3 +500,202 @@ def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
     assert run(*flags) == 0
     assert "cannot write logs: [Errno 28] No space left on device" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] == 8
+
+
+def at_step(trainer, number, act):
+    """Let a trainer call a function after an optimizer step."""
+    step = trainer.guard.step
+
+    def step_and_act(loss):
+        loss = step(loss)
+        if trainer.progress.step + 1 == number:
+            act()
+        return loss
+
+    trainer.guard.step = step_and_act
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_killed_loader_process_ends_the_run_which_is_saved(
+    flags, tmp_path, undisturbed, assert_same_weights, capsys, accum_steps
+):
+    """Also in the midst of a step's micro-batches, whose part of BatchNorm's statistics is taken back."""
+    flags = [*flags, "-j", "1", "-b", str(20 // accum_steps), "--grad-accum-steps", str(accum_steps)]
+    trainer = train.build_trainer(parse_config(flags))
+    loader, forward_backward = trainer.train_batches.loader, trainer.forward_backward
+    before = {}
+
+    def kill_the_loader(batch, index, last_of_step):
+        if trainer.progress.step == 2 and index % accum_steps == 0:
+            before.update({name: value.clone() for name, value in trainer.task.get_trainable_module().state_dict().items()})
+            (process,) = loader._iterator._workers
+            process.kill()
+            process.join()
+        return forward_backward(batch, index, last_of_step)
+
+    trainer.forward_backward = kill_the_loader
+    assert trainer.run() == EXIT_INTERRUPTED
+    out = capsys.readouterr().out
+    assert re.search(r"a loader process was killed by SIGKILL.*: saved at step (\d) of epoch 1; --resume", out)
+    saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    if accum_steps == 2 and saved["update"] == 2:
+        for name, value in saved["state_dict"].items():
+            assert torch.equal(value, before[name]), name
+    assert run(*flags, "--resume", "auto") == 0
+    if accum_steps == 1:
+        assert_same_weights(tmp_path / "run", undisturbed)
+    else:
+        assert run(*flags, "--experiment", "whole") == 0
+        assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_read_that_hangs_does_not_keep_a_signal_waiting(
+    digits_copy, tmp_path, flags, undisturbed, assert_same_weights, capsys
+):
+    flags = [str(digits_copy), *flags[1:], "-j", "1"]
+    images = {path: path.read_bytes() for path in (digits_copy / "train").rglob("*.png")}
+    trainer = train.build_trainer(parse_config(flags))
+
+    def hang():
+        for path in images:
+            path.unlink()
+            os.mkfifo(path)
+        Timer(3, os.kill, (os.getpid(), signal.SIGHUP)).start()
+
+    at_step(trainer, 2, hang)
+    start = time.monotonic()
+    assert trainer.run() == EXIT_INTERRUPTED
+    assert time.monotonic() - start < 30
+    assert re.search(r"SIGHUP: saved at step \d of epoch \d; --resume", capsys.readouterr().out)
+    for path, content in images.items():
+        path.unlink()
+        path.write_bytes(content)
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_folder_that_is_gone_ends_the_run_which_is_saved(
+    digits_copy, tmp_path, flags, undisturbed, assert_same_weights, run_main, workers, monkeypatch
+):
+    flags = [digits_copy, *flags[1:], "-j", workers]
+    trainer = train.build_trainer(parse_config([str(flag) for flag in flags]))
+    at_step(trainer, 3, lambda: digits_copy.rename(tmp_path / "away"))
+    with pytest.raises(InputError, match=f"{digits_copy}.*repair or replace"):
+        trainer.run()
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] >= 3
+    (tmp_path / "away").rename(digits_copy)
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_best_weights_that_are_not_saved_are_tried_again(flags, tmp_path, monkeypatch, capsys):
+    """Those of the first epoch, although the second one is worse."""
+    trainer = train.build_trainer(parse_config([*flags, "--epochs", "3"]))
+    validate, top1s = trainer.validate, iter([30.0, 10.0, 20.0])
+    trainer.validate = lambda: {**validate(), "top1": next(top1s)}
+    write, failures = safetensors.torch.save_file, iter([True])
+
+    def full_once(*args, **kwargs):
+        if next(failures, False):
+            raise OSError(28, "No space left on device")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_once)
+    assert trainer.run() == 0
+    assert best_of(tmp_path / "run")["epoch"] == 1
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert re.findall(r"best top1 ([\w.]+)", log) == ["none", "30.00", "30.00", "30.00"]
+
+
+def test_an_end_without_best_weights_does_not_claim_them(flags, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert run(*flags) == EXIT_INTERRUPTED
+    assert re.search(
+        r"the run has ended, but its best weights, of epoch \d, top1 [\d.]+, are NOT saved", capsys.readouterr().out
+    )
+    monkeypatch.undo()
+    assert run(*flags, "--resume", "auto", "--epochs", 3) == 0
+    assert best_of(tmp_path / "run")["epoch"] == 3  # the best that there are
+    (tmp_path / "run" / BEST_WEIGHTS).unlink()
+    assert run(*flags, "--resume", "auto", "--epochs", 3) == 0
+    assert "its best weights are gone" in capsys.readouterr().out
+
+
+def test_weights_that_became_infinite_are_not_the_best(flags, tmp_path):
+    """Their validation may be finite."""
+    trainer = train.build_trainer(parse_config(flags))
+    validate = trainer.validate
+
+    def spoil():
+        metrics = validate()
+        if trainer.progress.epoch == 1:
+            trainer.task.get_eval_model(ema=True).module.head.bias.data[0] = -torch.inf
+        return {**metrics, "top1": 100.0 * trainer.progress.epoch}
+
+    trainer.validate = spoil
+    assert trainer.run() == 0
+    assert best_of(tmp_path / "run")["epoch"] == 1
+    assert (
+        "not a candidate for the best weights, its weights are not finite"
+        in (tmp_path / "run" / "train.log").read_text()
+    )
+
+
+def test_an_output_folder_that_is_deleted_is_made_again(flags, tmp_path, undisturbed, assert_same_weights, capsys):
+    folder = tmp_path / "run"
+    trainer = train.build_trainer(parse_config(flags))
+    at_step(trainer, 6, lambda: shutil.rmtree(folder))
+    assert trainer.run() == 0
+    assert f"{folder} was deleted: it is made again, without its old files" in capsys.readouterr().out
+    assert_same_weights(folder, undisturbed)
+    assert {"settings.yaml", "summary.csv", "train.log", "tensorboard", BEST_WEIGHTS} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert "the run has ended" in (folder / "train.log").read_text()
+    assert run(*flags, "--resume", "auto", "--epochs", 3) == 0
+
+
+def test_a_log_that_is_a_folder_is_refused(flags, tmp_path, run_main):
+    (tmp_path / "run" / "train.log").mkdir(parents=True)
+    outcome = run_main(train, *flags)
+    assert outcome.status == 2
+    assert f"{tmp_path / 'run' / 'train.log'} is a folder, and the run writes a file there: move it away" in outcome.err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["train.log"]
+
+
+def test_closed_standard_streams(flags, tmp_path, undisturbed, assert_same_weights):
+    """The files of the run must not take their places."""
+    command = shlex.join([sys.executable, str(CLASSIFICATION / "train.py"), *flags])
+    assert subprocess.run(["bash", "-c", f"exec {command} <&- >&- 2>&-"]).returncode == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_a_terminal_that_is_closed(flags, tmp_path):
+    terminal, end = pty.openpty()
+    command = [sys.executable, str(CLASSIFICATION / "train.py"), *flags, "--epochs", "500"]
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(end, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, preexec_fn=take_terminal)
+    os.close(end)
+    text = b""
+    while b"epoch 2: train loss" not in text:
+        text += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=60) == EXIT_INTERRUPTED
+    assert "SIGHUP: saved at step" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_nohup_is_respected(flags, tmp_path):
+    command = ["nohup", sys.executable, str(CLASSIFICATION / "train.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if "step 2/" in line:
+            process.send_signal(signal.SIGHUP)
+    assert process.wait() == 0
