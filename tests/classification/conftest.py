@@ -13,10 +13,16 @@ from litvit.training.recipe import parse_config
 RANDOM = "--mixup 0.8 --cutmix 1.0 --aug-repeats 3 --reprob 0.5 --drop-path 0.2 --drop 0.2 --model-ema --clip-grad 5"
 
 
+@pytest.fixture(scope="session")
+def random_flags(tiny_flags):
+    """Flags of a run of 2 epochs of 4 updates, with all its randomness."""
+    return [*tiny_flags, *RANDOM.split()]
+
+
 @pytest.fixture
-def flags(digits, tmp_path, tiny_flags):
-    """A run of 2 epochs of 4 updates in tmp_path/run, with all its randomness."""
-    return [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(tmp_path), "--experiment", "run"]
+def flags(digits, tmp_path, random_flags):
+    """The run of `random_flags` in tmp_path/run."""
+    return [str(digits), *random_flags, "--output", str(tmp_path), "--experiment", "run"]
 
 
 def weights(folder):
@@ -42,10 +48,10 @@ def assert_same_weights():
 
 
 @pytest.fixture(scope="session")
-def undisturbed(digits, tmp_path_factory, tiny_flags):
+def undisturbed(digits, tmp_path_factory, random_flags):
     """Folder of the run of `flags` without any disturbance."""
     output = tmp_path_factory.mktemp("undisturbed")
-    flags = [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(output)]
+    flags = [str(digits), *random_flags, "--output", str(output)]
     trainer = train.build_trainer(parse_config(flags))
     assert trainer.run() == 0
     return trainer.folder.path

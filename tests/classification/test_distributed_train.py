@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,19 +44,29 @@ def kill_rank(rank, folder):
     pytest.fail(f"no process of rank {rank}")
 
 
+def start_pair(*flags, **environment):
+    """Start distributed_train.sh with two processes."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    command = ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(digits, tmp_path_factory, random_flags):
+    """Folder of the run of `flags` by two processes without any disturbance."""
+    output = tmp_path_factory.mktemp("pair")
+    process = start_pair(str(digits), *random_flags, "--output", str(output), "--experiment", "run")
+    process.communicate()
+    assert process.returncode == 0
+    return output / "run"
+
+
 @pytest.fixture
 def launch(flags):
     """Start distributed_train.sh with two processes, and read its output to a line that holds a text."""
 
     def start(*more, until="step 3/", **environment):
-        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-        process = subprocess.Popen(
-            ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", *more],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start_pair(*flags, *more, **environment)
         for line in process.stdout:
             if until in line:
                 return process
@@ -64,17 +75,19 @@ def launch(flags):
     return start
 
 
-def test_a_killed_process_is_started_again_and_the_weights_are_the_same(launch, tmp_path, assert_same_weights):
-    process = launch("--checkpoint-every", "1", MAX_RESTARTS="1")
+def test_a_killed_process_is_started_again_and_the_weights_are_the_same(
+    launch, tmp_path, assert_same_weights, undisturbed_pair
+):
+    """Also where a cleaner of temporary files has been at work."""
+    (tmp_path / "tmp").mkdir()
+    process = launch("--checkpoint-every", "1", MAX_RESTARTS="1", TMPDIR=str(tmp_path / "tmp"))
+    for path in (tmp_path / "tmp").iterdir():
+        path.unlink() if path.is_file() else shutil.rmtree(path)
     kill_rank(1, tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "continuing at epoch" in out
-    (tmp_path / "run").rename(tmp_path / "killed")
-    process = launch()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert_same_weights(tmp_path / "killed", tmp_path / "run")
+    assert_same_weights(tmp_path / "run", undisturbed_pair)
 
 
 def test_a_dead_process_ends_the_others_and_is_named(launch, tmp_path):
@@ -121,9 +134,37 @@ def test_killed_launcher_takes_its_workers_along(launch, flags, tmp_path, moment
     assert not any(str(tmp_path).encode() in cmdline(entry) for entry in Path("/proc").glob("[0-9]*"))
 
 
-def test_sigterm_to_the_launcher_saves_and_exits_with_75(launch, tmp_path):
-    process = launch("--epochs", "500")
-    process.send_signal(signal.SIGTERM)
+def test_a_signal_to_the_launcher_alone_saves_and_exits_with_75(launch, tmp_path):
+    """Also where its file of the exit status is gone."""
+    (tmp_path / "tmp").mkdir()
+    process = launch("--epochs", "500", TMPDIR=str(tmp_path / "tmp"))
+    for path in (tmp_path / "tmp").glob("tmp.*"):
+        path.unlink()
+    process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED, err
     assert (tmp_path / "run" / CHECKPOINT).is_file()
+
+
+def test_a_process_whose_loader_hangs_leaves_with_the_others(
+    launch, digits_copy, flags, tmp_path, assert_same_weights, undisturbed_pair
+):
+    """The images of the second epoch are files that nobody writes, some for one process and some for the other."""
+    flags[0] = str(digits_copy)
+    images = {path: path.read_bytes() for path in sorted((digits_copy / "train").rglob("*.png"))[:5]}
+    process = launch("-j", "1", until="step 2/")
+    for path in images:
+        path.unlink()
+        os.mkfifo(path)
+    time.sleep(5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, err
+    assert "SIGTERM: saved at step" in out
+    for path, content in images.items():
+        path.unlink()
+        path.write_bytes(content)
+    process = launch("-j", "1", until="the run has ended")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert_same_weights(tmp_path / "run", undisturbed_pair)

@@ -374,7 +374,8 @@ class RunFolder:
         if not self.primary:
             return False
         try:
-            if not (self.path / SETTINGS).exists():  # the folder may be there: TensorBoard makes it
+            # the folder may be there: TensorBoard makes it
+            if self._lock is not None and not (self.path / SETTINGS).exists():
                 self.close()
                 self._make()
                 logger.warning("%s was deleted: it is made again, without its old files", self)

@@ -47,7 +47,7 @@ class StepGuard:
         self._buffers_before: list[Tensor] = []
 
     def watch(self, model: nn.Module) -> None:
-        """Take a model's buffers that a step changes, BatchNorm's statistics: a step that is left out puts them back."""
+        """Take a model's buffers that steps change (BatchNorm's statistics): a step that is left out puts them back."""
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point() or not buffer.dim()]
 
     def begin(self) -> None:

@@ -527,7 +527,9 @@ def test_a_killed_loader_process_ends_the_run_which_is_saved(
 
     def kill_the_loader(batch, index, last_of_step):
         if trainer.progress.step == 2 and index % accum_steps == 0:
-            before.update({name: value.clone() for name, value in trainer.task.get_trainable_module().state_dict().items()})
+            before.update(
+                {name: value.clone() for name, value in trainer.task.get_trainable_module().state_dict().items()}
+            )
             (process,) = loader._iterator._workers
             process.kill()
             process.join()
