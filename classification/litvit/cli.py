@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import io
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -70,6 +71,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         report(error)
         status = EXIT_INPUT_ERROR
     except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.kill()  # a loader process that hangs in a read would be waited for
         print("interrupted", file=sys.stderr)
         status = EXIT_CTRL_C
     for stream in (sys.stdout, sys.stderr):
