@@ -2,15 +2,15 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
+import forked
 import pytest
 import torch
+from forked import Outcome
 
 from litvit import cli
 from litvit.demo_data import Settings, build
@@ -40,14 +40,6 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-class Outcome(NamedTuple):
-    """What a command line left behind."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -82,19 +74,9 @@ def run_main(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def run_script() -> Callable[..., Outcome]:
     """Run a script of `classification/` in a process of its own, with one thread, and return status and output."""
-
-    def run(script: str, *arguments: object, **environment: str) -> Outcome:
-        program = "bash" if script.endswith(".sh") else sys.executable
-        done = subprocess.run(
-            [program, CLASSIFICATION / script, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
-
-    return run
+    return lambda script, *arguments, **environment: forked.run_script(
+        CLASSIFICATION / script, *arguments, **environment
+    )
 
 
 @pytest.fixture(scope="session")

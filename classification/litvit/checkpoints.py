@@ -6,6 +6,7 @@ import pickle
 import pickletools
 import re
 import textwrap
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -76,6 +77,7 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
         raise InputError(f"no checkpoint at {path}")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty: fetch or save the checkpoint again")
+    check_size(path)
     try:
         return read(str(path))
     # A broken file can make the readers raise nearly anything.
@@ -89,6 +91,22 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
                 f"{path} is a plain pickle or holds code{held}, which was not run: ask for weights alone (.safetensors)"
             ) from error
         raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
+
+
+def check_size(path: str | Path) -> None:
+    """Raise InputError for an archive that unpacks to more than its own size. torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (OSError, zipfile.BadZipFile):  # of another format, or damaged, which reading it will say
+        return
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    unpacked = sum(record.file_size for record in records)
+    if packed or unpacked > Path(path).stat().st_size:
+        raise InputError(
+            f"{path} is a compressed archive of {unpacked / 2**20:.0f} MiB, and torch.save compresses nothing: save "
+            "the checkpoint again"
+        )
 
 
 def read_state_dict(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -149,14 +167,19 @@ def _stand_ins() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def _tensors(entries: Any, prefix: str = "") -> dict[str, Tensor]:
+def _tensors(entries: Any) -> dict[str, Tensor]:
     """Return the tensors in a dict of dicts, named by the keys that lead to them, joined by dots."""
-    if isinstance(entries, Tensor):
-        return {prefix.replace("_orig_mod.", ""): entries}
-    tensors = {}
-    for key, value in entries.items() if isinstance(entries, dict) else ():
-        if isinstance(key, str):
-            tensors |= _tensors(value, f"{prefix}.{key}" if prefix else key)
+    tensors, seen, left = {}, set(), [("", entries)]
+    while left:
+        prefix, value = left.pop()
+        if isinstance(value, Tensor):
+            tensors[prefix.replace("_orig_mod.", "")] = value
+        elif isinstance(value, dict) and id(value) not in seen:  # a dict may hold another many times, or itself
+            seen.add(id(value))
+            named = [
+                (f"{prefix}.{key}" if prefix else key, item) for key, item in value.items() if isinstance(key, str)
+            ]
+            left += reversed(named)
     return tensors
 
 

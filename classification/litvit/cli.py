@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import io
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -59,6 +60,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     if "--traceback" in sys.argv[1:]:
         sys.argv.remove("--traceback")
         os.environ[TRACEBACK] = "1"
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -69,9 +71,26 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         report(error)
         status = EXIT_INPUT_ERROR
     except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.kill()  # a loader process that hangs in a read would be waited for
         print("interrupted", file=sys.stderr)
         status = EXIT_CTRL_C
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a terminal that was closed: Python would exit with another status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(tell_the_launcher(status))
+
+
+def _open_standard_streams() -> None:
+    """Open standard streams that are closed, else the next files that are opened would take their places."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so this one
+            setattr(sys, name, open(null, mode))  # noqa: SIM115 - it has to stay open
 
 
 def report(error: InputError) -> None:

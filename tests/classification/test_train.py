@@ -3,6 +3,9 @@
 import csv
 import json
 import re
+import shlex
+import subprocess
+import sys
 
 import make_token_labels
 import pytest
@@ -368,3 +371,20 @@ def test_the_weights_remember_that_photographs_are_turned(digits_copy, digits, t
     outcome = run_main(train, digits_copy, *labels, "--img-size", 32, "-b", 10, "-j", 0)
     assert outcome.status == 2
     assert "are of photographs upright (--exif-transpose): train on the same" in outcome.err
+
+
+def test_a_small_shared_memory_ends_the_run_which_is_saved(digits, tmp_path, tiny_flags):
+    """As in a container. Images of 224 x 224 pixels do not fit into its 1 MiB."""
+    flags = [digits, *tiny_flags, "--img-size", 224, "-j", 2, "--output", tmp_path, "--experiment", "run"]
+    command = shlex.join(map(str, [sys.executable, train.__file__, *flags]))
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 99; exec {command}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode in (1, 99) and "Traceback" not in done.stderr:
+        pytest.skip(f"no mount namespace here: {done.stderr}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the shared memory /dev/shm, of 1 MiB, is full: make it ")
+    assert (tmp_path / "run" / "last.pth").exists()

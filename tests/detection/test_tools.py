@@ -5,10 +5,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from PIL import Image
@@ -69,15 +69,7 @@ def config(tmp_path_factory):
 
 
 def run(script, *arguments, **environment):
-    program = "bash" if script.endswith(".sh") else sys.executable
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [program, DETECTION / "tools" / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+    return forked.run_script(DETECTION / "tools" / script, *arguments, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +77,8 @@ def trained(config):
     """The folder of a run that two processes trained for an epoch on the CPU."""
     folder = config.parent / "run"
     done = run("dist_train.sh", config, 2, "--work-dir", folder)
-    assert done.returncode == 0, done.stderr
-    assert "Epoch(train) [1][1/1]" in done.stdout
+    assert done.status == 0, done.err
+    assert "Epoch(train) [1][1/1]" in done.out
     return folder
 
 
@@ -94,9 +86,9 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
     (folder / "last_checkpoint").write_text(str(folder / "epoch_1.pth"))
     done = run("train.py", config, "--work-dir", folder, "--resume", "--cfg-options", "train_cfg.max_epochs=2")
-    assert done.returncode == 0, done.stderr
-    assert "resumed epoch: 1" in done.stdout
-    assert "Epoch(train) [1]" not in done.stdout
+    assert done.status == 0, done.err
+    assert "resumed epoch: 1" in done.out
+    assert "Epoch(train) [1]" not in done.out
     assert (folder / "epoch_2.pth").exists()
 
 
@@ -105,13 +97,13 @@ def test_resume_in_a_new_folder_starts_from_the_configs_checkpoint(config, train
     (tmp_path / "begun.py").write_text(f"_base_ = '{config}'\nload_from = '{trained / 'epoch_1.pth'}'\n")
     command = ["train.py", tmp_path / "begun.py", "--work-dir", tmp_path / "run", "--resume"]
     done = run(*command)
-    assert done.returncode == 0, done.stderr
-    assert f"Load checkpoint from {trained / 'epoch_1.pth'}" in done.stdout
-    assert "Epoch(train) [1][2/2]" in done.stdout
+    assert done.status == 0, done.err
+    assert f"Load checkpoint from {trained / 'epoch_1.pth'}" in done.out
+    assert "Epoch(train) [1][2/2]" in done.out
     done = run(*command, "--cfg-options", "train_cfg.max_epochs=2")
-    assert done.returncode == 0, done.stderr
-    assert f"Load checkpoint from {tmp_path / 'run/epoch_1.pth'}" in done.stdout
-    assert "resumed epoch: 1" in done.stdout
+    assert done.status == 0, done.err
+    assert f"Load checkpoint from {tmp_path / 'run/epoch_1.pth'}" in done.out
+    assert "resumed epoch: 1" in done.out
 
 
 def test_an_epoch_that_ends_with_steps_left_out_is_neither_saved_nor_validated(config, tmp_path):
@@ -120,10 +112,10 @@ def test_an_epoch_that_ends_with_steps_left_out_is_neither_saved_nor_validated(c
     options = ["optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=[]"]
     options += ["train_dataloader.batch_size=1", "train_cfg.max_epochs=2", "default_hooks.checkpoint.max_keep_ckpts=1"]
     done = run("train.py", config, "--work-dir", tmp_path, "--cfg-options", *options)
-    assert done.returncode == 3, done.stderr
-    assert "Epoch(train) [2][4/4]" in done.stdout
-    assert "Epoch(val)" not in done.stdout
-    assert "not finite in the last 7 steps, up to iteration 8: start again from" in done.stderr.splitlines()[-1]
+    assert done.status == 3, done.err
+    assert "Epoch(train) [2][4/4]" in done.out
+    assert "Epoch(val)" not in done.out
+    assert "not finite in the last 7 steps, up to iteration 8: start again from" in done.err.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["diverged.pth", "epoch_1.pth"]
     assert not old.stat().st_size
 
@@ -151,9 +143,9 @@ def test_a_bad_batch_at_the_end_is_no_divergence(config, tmp_path):
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = run("train.py", tmp_path / "config.py", "--work-dir", tmp_path / "run", PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
-    assert "iteration 2: 1 steps left out" in done.stdout + done.stderr
-    assert "Epoch(val) [1]" in done.stdout
+    assert done.status == 0, done.err
+    assert "iteration 2: 1 steps left out" in done.out + done.err
+    assert "Epoch(val) [1]" in done.out
     assert [file.name for file in (tmp_path / "run").glob("*.pth")] == ["epoch_1.pth"]
 
 
@@ -187,7 +179,7 @@ test_evaluator = dict(
 def test_a_metric_for_each_of_several_data_sets(config, trained, tmp_path):
     (tmp_path / "two.py").write_text(TWO_PARTS.format(config=config, root=config.parent / "coco"))
     done = run("test.py", tmp_path / "two.py", trained / "epoch_1.pth", "--work-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     (numbers,) = tmp_path.glob("run/*/*.json")
     assert {"first/coco/bbox_mAP", "second/coco/bbox_mAP"} <= json.loads(numbers.read_text()).keys()
 
@@ -200,13 +192,13 @@ def test_no_checkpoint_runs_code_when_it_is_resumed(config, trained, tmp_path):
     (tmp_path / "run" / "last_checkpoint").write_text("nowhere.pth")  # the one that is named comes first
     flags = ["--work-dir", tmp_path / "run", "--resume", tmp_path / "bad.pth"]
     done = run("train.py", config, *flags, "--cfg-options", "train_cfg.max_epochs=1")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert not (tmp_path / "run-by-the-checkpoint").exists()
 
 
 def test_evaluation_of_a_trained_detector(config, trained, tmp_path):
     done = run("dist_test.sh", config, trained / "epoch_1.pth", 2, "--work-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     (numbers,) = tmp_path.glob("*/*.json")
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} <= json.loads(numbers.read_text()).keys()
 
@@ -214,7 +206,7 @@ def test_evaluation_of_a_trained_detector(config, trained, tmp_path):
 def test_time_augmentation_of_boxes(config, trained, tmp_path):
     options = ["--cfg-options", "model.roi_head.mask_head=None", "test_evaluator.metric=bbox"]
     done = run("test.py", config, trained / "epoch_1.pth", "--work-dir", tmp_path, "--tta", *options)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     (numbers,) = tmp_path.glob("*/*.json")
     assert "coco/bbox_mAP_50" in json.loads(numbers.read_text())
 
@@ -224,29 +216,30 @@ def test_a_panoptic_detector(config, tmp_path, monkeypatch):
     (tmp_path / "panoptic.py").write_text(PANOPTIC.format(detection=DETECTION, root=config.parent / "coco"))
     best = ["--cfg-options", "default_hooks.checkpoint.save_best=auto"]
     done = run("train.py", tmp_path / "panoptic.py", "--work-dir", tmp_path, *best)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     checkpoint = tmp_path / "best_coco_panoptic_PQ_epoch_1.pth"
     files = ["test_evaluator.format_only=True", f"test_evaluator.outfile_prefix={tmp_path / 'ours'}"]
     done = run("test.py", tmp_path / "panoptic.py", checkpoint, "--work-dir", tmp_path, "--cfg-options", *files)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     names = [image["file_name"] for image in json.loads((tmp_path / "ours.panoptic.json").read_text())["annotations"]]
     assert sorted(path.name for path in (tmp_path / "ours.panoptic").iterdir()) == names
     flags = ["--tta", "--work-dir", str(tmp_path / "tta")]
     monkeypatch.setattr(sys, "argv", ["test.py", str(tmp_path / "panoptic.py"), str(checkpoint), *flags])
     with pytest.raises(InputError, match="--tta merges boxes"):
         run_tool("mmdet", "test")
-    program = f"""
+    program = tmp_path / "infer.py"
+    program.write_text(f"""
 from mmdet.apis import DetInferencer
 inferencer = DetInferencer({str(tmp_path / "panoptic.py")!r}, {str(checkpoint)!r}, device="cpu")
 image = {str(config.parent / "coco/val2017/000000000001.jpg")!r}
 (found,) = inferencer(image, out_dir={str(tmp_path / "drawn")!r}, no_save_pred=False)["predictions"]
 (again,) = inferencer(image)["predictions"]
 print(again["panoptic_seg"].shape, found["panoptic_seg_path"])
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+""")
+    done = forked.run_script(program)
+    assert done.status == 0, done.err
     segments = tmp_path / "drawn/preds/000000000001_panoptic_seg.png"
-    assert done.stdout.splitlines()[-1] == f"(96, 128, 3) {segments}"
+    assert done.out.splitlines()[-1] == f"(96, 128, 3) {segments}"
     assert (tmp_path / "drawn/vis/000000000001.jpg").exists()
 
 
@@ -254,7 +247,7 @@ def test_images_are_drawn(config, trained, tmp_path):
     image = config.parent / "coco" / "val2017" / "000000000001.jpg"
     flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "new" / "folder"]
     done = run("predict.py", image, *flags, "--score-thr", "0")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     drawn = Image.open(tmp_path / "new" / "folder" / image.name)
     assert drawn.size == Image.open(image).size
     assert drawn.tobytes() != Image.open(image).tobytes()
@@ -273,8 +266,8 @@ def test_images_of_all_names_and_shapes_are_drawn(config, trained, tmp_path):
     assert images.index(folder / "broken.jpg") < len(images) - 1
     flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "out"]
     done = run("predict.py", *images, folder / "none.png", *flags, "--score-thr", "0")
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+    assert done.status == 2
+    assert [line for line in done.err.splitlines() if line.startswith("error: ")] == [
         f"error: no image at {folder / 'none.png'}",
         f"error: {folder / 'broken.jpg'} cannot be read as an image",
     ]
@@ -282,7 +275,7 @@ def test_images_of_all_names_and_shapes_are_drawn(config, trained, tmp_path):
     drawn |= {"4000.png", "10.png", "1.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn
     assert Image.open(tmp_path / "out" / "4000.png").size == (4000, 10)
-    assert len([line for line in done.stdout.splitlines() if line.startswith(str(tmp_path / "out"))]) == len(drawn)
+    assert len([line for line in done.out.splitlines() if line.startswith(str(tmp_path / "out"))]) == len(drawn)
 
 
 def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path):
@@ -454,16 +447,16 @@ backbone = dict(_delete_=True, type="UsersBackbone")
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = run("train.py", tmp_path / "config.py", "--work-dir", tmp_path / "run", PYTHONPATH=path)
-    assert done.returncode == 1
-    assert f'File "{tmp_path / "users_module.py"}"' in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(error)
+    assert done.status == 1
+    assert f'File "{tmp_path / "users_module.py"}"' in done.err
+    assert done.err.splitlines()[-1].startswith(error)
 
 
 def test_several_processes_report_it_once(config):
     done = run("dist_test.sh", config, "nowhere.pth", 2)
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "nowhere" in line] == ["error: no checkpoint at nowhere.pth"]
-    assert "Traceback" not in done.stderr
+    assert done.status == 2
+    assert [line for line in done.err.splitlines() if "nowhere" in line] == ["error: no checkpoint at nowhere.pth"]
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize(("number", "status"), [("0", 2), ("3", 0)])
@@ -471,15 +464,15 @@ def test_one_process_of_slurm_reports_it(number, status, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("SLURM_LOCALID", number)
     done = run("train.py", "nowhere.py", "--launcher", "slurm")
-    assert (done.returncode, done.stderr) == (status, "error: no config at nowhere.py\n" if status else "")
+    assert (done.status, done.err) == (status, "error: no config at nowhere.py\n" if status else "")
 
 
 def test_no_process_waits_for_one_that_refused_a_checkpoint(config, trained):
     flags = ["--cfg-options", "model.backbone.depths=(1,1,2,1)"]
     done = run("dist_test.sh", config, trained / "epoch_1.pth", 2, *flags)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "does not fit the config" in done.stderr.splitlines()[-1]
+    assert done.status == 2
+    assert "Traceback" not in done.err
+    assert "does not fit the config" in done.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("tool", ["train", "test"])
@@ -491,7 +484,7 @@ def test_help_lists_the_flags_of_all_commands(tool, monkeypatch, capsys):
 
 
 def test_the_number_of_gpus_is_required(config):
-    assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).stderr
+    assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).err
     done = run("dist_train.sh", config, "many")
-    assert done.returncode == 2
-    assert "'many' is no number of GPUs" in done.stderr
+    assert done.status == 2
+    assert "'many' is no number of GPUs" in done.err

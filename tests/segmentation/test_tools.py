@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -74,16 +75,8 @@ def config(tmp_path_factory):
     return file
 
 
-def run(script, *arguments):
-    program = "bash" if script.endswith(".sh") else sys.executable
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [program, SEGMENTATION / "tools" / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+def run(script, *arguments, **environment):
+    return forked.run_script(SEGMENTATION / "tools" / script, *arguments, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +84,8 @@ def trained(config):
     """The folder of a run that two processes trained for two iterations on the CPU."""
     folder = config.parent / "run"
     done = run("dist_train.sh", config, 2, "--work-dir", folder)
-    assert done.returncode == 0, done.stderr
-    assert "Iter(train) [2/2]" in done.stdout
+    assert done.status == 0, done.err
+    assert "Iter(train) [2/2]" in done.out
     return folder
 
 
@@ -104,11 +97,11 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     (folder / "last_checkpoint").write_text(str(cut))
     file.write_text(f"_base_ = '{config}'\nload_from = '{trained / 'iter_2.pth'}'\n{PRETRAINED}")
     done = run("train.py", file, "--work-dir", folder, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert f"{cut} is damaged or missing: {folder / 'iter_1.pth'} is used instead" in done.stderr
-    assert "resumed epoch: 0, iter: 1" in done.stdout
-    assert "Iter(train) [1/2]" not in done.stdout
-    assert "Iter(train) [2/2]" in done.stdout
+    assert done.status == 0, done.err
+    assert f"{cut} is damaged or missing: {folder / 'iter_1.pth'} is used instead" in done.err
+    assert "resumed epoch: 0, iter: 1" in done.out
+    assert "Iter(train) [1/2]" not in done.out
+    assert "Iter(train) [2/2]" in done.out
     assert load_from_file(cut)["meta"]["iter"] == 2
     assert {file.name for file in folder.glob("*.pth*")} == {"iter_1.pth", "iter_2.pth", "iter_2.pth.damaged"}
 
@@ -151,8 +144,8 @@ def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp
     """With --resume, as in a job that may be interrupted, while there is nothing to resume yet."""
     (tmp_path / "fifteen.py").write_text(FIFTEEN.format(config=config, checkpoint=trained / "iter_2.pth") + PRETRAINED)
     done = run("train.py", tmp_path / "fifteen.py", "--work-dir", tmp_path / "run", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "Iter(train) [1/1]" in done.stdout
+    assert done.status == 0, done.err
+    assert "Iter(train) [1/1]" in done.out
     start, end = (load_from_file(file)["state_dict"] for file in (trained / "iter_2.pth", tmp_path / "run/iter_1.pth"))
     assert end["decode_head.conv_seg.weight"].shape[0] == 15
     for name, parameter in start.items():
@@ -175,20 +168,20 @@ def test_a_training_that_diverges_ends(config, tmp_path):
     options = ["optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=[]"]
     options += ["train_cfg.max_iters=30", "train_cfg.val_interval=3", "default_hooks.checkpoint.max_keep_ckpts=1"]
     done = run("dist_train.sh", config, 2, "--work-dir", tmp_path, "--cfg-options", *options)
-    assert done.returncode == 3, done.stderr
-    assert "iteration 11: 10 steps left out, the loss or a gradient is not finite" in done.stdout + done.stderr
-    assert "Iter(val)" not in done.stdout
-    error = done.stderr.splitlines()[-1]
+    assert done.status == 3, done.err
+    assert "iteration 11: 10 steps left out, the loss or a gradient is not finite" in done.out + done.err
+    assert "Iter(val)" not in done.out
+    error = done.err.splitlines()[-1]
     assert error.startswith("error: the loss or a gradient was not finite in the last 10 steps, up to iteration 11: ")
     assert error.endswith(f"the state is in {tmp_path / 'diverged.pth'}")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["diverged.pth", "iter_2.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_2.pth")
 
 
 def test_evaluation_of_a_trained_segmentor(config, trained, tmp_path):
     done = run("test.py", config, trained / "iter_2.pth", "--work-dir", tmp_path, "--out", tmp_path / "maps")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     (numbers,) = tmp_path.glob("*/*.json")
     assert json.loads(numbers.read_text()).keys() >= {"mIoU", "mAcc", "aAcc"}
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [f"ADE_val_0000000{i}.png" for i in (1, 2)]
@@ -203,7 +196,7 @@ def test_images_are_drawn_with_a_legend(config, trained, tmp_path):
     flags = ["--config", tmp_path / "other.py", "--checkpoint", trained / "iter_2.pth"]
     flags += ["--out", tmp_path / "new" / "folder"]
     done = run("predict.py", image, *flags, "--opacity", "1")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     drawn = Image.open(tmp_path / "new" / "folder" / image.name)
     assert drawn.height == original.height
     assert drawn.width > original.width
@@ -225,9 +218,9 @@ def test_an_image_of_a_shape_that_the_model_does_not_take_is_named(config, train
     images = [tmp_path / "a strip.png", tmp_path / "image"]
     flags = ["--config", tmp_path / "resize.py", "--checkpoint", trained / "iter_2.pth", "--out", tmp_path / "out"]
     done = run("predict.py", *images, *flags)
-    assert done.returncode == 2
-    assert f"error: {images[0]}, 4000 x 10 pixels, cannot be predicted: images must have 32" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.status == 2
+    assert f"error: {images[0]}, 4000 x 10 pixels, cannot be predicted: images must have 32" in done.err
+    assert "Traceback" not in done.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["image.png"]
 
 
@@ -303,15 +296,15 @@ def test_published_config_on_another_data_set(shapes, tmp_path):
     file, checkpoint = tmp_path / "quarter.py", tmp_path / "iter_1.pth"
     reduced(LVT, shapes, 4, file)
     done = run("train.py", file, "--work-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     slide = ["model.test_cfg.mode=slide", "model.test_cfg.crop_size=96,96", "model.test_cfg.stride=64,64"]
     done = run("test.py", file, checkpoint, "--work-dir", tmp_path / "test", "--cfg-options", *slide)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     (numbers,) = (tmp_path / "test").glob("*/*.json")
     assert "mIoU" in json.loads(numbers.read_text())
     images = sorted((shapes / "images" / "validation").iterdir())
     done = run("predict.py", *images, "--config", file, "--checkpoint", checkpoint, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [image.name for image in images]
 
 
@@ -491,9 +484,9 @@ def test_a_wrong_label_is_one_line_from_a_loader_process(config, trained):
         "test_dataloader.num_workers=1",
         "test_dataloader.dataset.reduce_zero_label=False",
     )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "ADE_val_00000001.png has label 14, but the classes are 0 to 13" in done.stderr.splitlines()[-1]
+    assert done.status == 2
+    assert "Traceback" not in done.err
+    assert "ADE_val_00000001.png has label 14, but the classes are 0 to 13" in done.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -571,5 +564,5 @@ def test_annotations_are_listed_by_folder(tmp_path, monkeypatch):
 
 
 def test_the_number_of_gpus_is_required(config):
-    assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).stderr
+    assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).err
     assert "CONFIG CHECKPOINT GPUS" in run("dist_test.sh", config, "x.pth").stderr

@@ -93,7 +93,7 @@ class Images(Dataset):
                 except InputError as error:
                     faults.append(Fault(self.name(index), str(error)))
                     if len(faults) == self.TRIES:
-                        raise
+                        raise InputError(f"{self.TRIES} images in a row are unreadable; the last: {error}") from error
                 index = random.randrange(len(self))
             labels = None
             if self.read_labels is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import re
@@ -94,7 +95,7 @@ class WatchedLoader(DataLoader):
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:  # the last two if a process dies while it sends a batch
                 if "DataLoader timed out" not in str(error):
                     raise self._explained(error, batches) from error
                 if stop_signal() is not None:
@@ -114,23 +115,28 @@ class WatchedLoader(DataLoader):
     def _files(self) -> list[str]:
         return [printable(file.value.decode("utf-8", "surrogateescape")) for file in self._files_read]
 
-    def _explained(self, error: RuntimeError, batches: Iterator[Any]) -> Exception:
+    def _explained(self, error: Exception, batches: Iterator[Any]) -> Exception:
         """Return the exception to raise for one that torch has raised."""
         message = str(error)
-        if not re.search(r"exited unexpectedly|killed by signal", message):
-            full = "No space left on device" in message and re.search(r"shm|shared memory|torch_\d", message)
-            return InputError(_shared_memory_is_full()) if full else error
+        if isinstance(error, OSError | EOFError):
+            ended = multiprocessing.connection.wait([process.sentinel for process in batches._workers], timeout=1)
+            for process in batches._workers:
+                process.join(1 if process.sentinel in ended else 0)  # it may not be quite dead yet
         dead = [(file, process.exitcode) for file, process in zip(self._files(), batches._workers, strict=True)]
         dead = [(file, status) for file, status in dead if status is not None]
-        if any(status == -signal.SIGBUS for _, status in dead):
+        full = "No space left on device" in message and re.search(r"shm|shared memory|torch_\d", message)
+        if full or any(status == -signal.SIGBUS for _, status in dead):
             return InputError(_shared_memory_is_full())
+        if not dead:
+            return error
         told = [
             (f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}")
             + (f" while it read {file}" if file else "")
             for file, status in dead
         ]
-        how = "; another ".join(told) or "has died"
-        return DeadLoaderError(f"a loader process {how}: if memory is short, use fewer loader processes")
+        return DeadLoaderError(
+            f"a loader process {'; another '.join(told)}: if memory is short, use fewer loader processes"
+        )
 
 
 def _shared_memory_is_full() -> str:

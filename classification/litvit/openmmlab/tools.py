@@ -78,8 +78,7 @@ def run_tool(package: str, name: str) -> int:
         name: Name of the script, "train" or "test".
 
     Returns:
-        Exit status: 0, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_INPUT_ERROR for an input that a training could not read,
-        EXIT_CTRL_C.
+        Exit status: 0, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_INPUT_ERROR for an input that a training could not read.
 
     Raises:
         InputError: Wrong input. Of several processes on a machine the first one raises it, or the one that reads the
@@ -124,15 +123,21 @@ def run_tool(package: str, name: str) -> int:
     except Stopped as stopped:
         status = stopped.status
     except KeyboardInterrupt:
-        status = EXIT_CTRL_C
+        if not _uses_gloo():
+            raise
         print("interrupted", file=sys.stderr)
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        os._exit(tell_the_launcher(EXIT_CTRL_C) or 0)
+    if _uses_gloo():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         # gloo's threads may abort an interpreter that takes its time to end.
         os._exit(tell_the_launcher(status) or 0)
     return status
+
+
+def _uses_gloo() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo"
 
 
 class _ScriptParser(cli.ArgumentParser):

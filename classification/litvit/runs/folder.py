@@ -5,8 +5,10 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
+import textwrap
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ import safetensors.torch
 import torch
 import yaml
 
-from litvit.checkpoints import read_checkpoint
-from litvit.errors import InputError
+from litvit.checkpoints import check_size, read_checkpoint
+from litvit.errors import InputError, printable
 from litvit.settings import setting
 
 logger = logging.getLogger("litvit")
@@ -31,6 +33,37 @@ PREVIOUS = "previous.pth"
 DIVERGED = "diverged.pth"
 BEST_WEIGHTS = "model_best.safetensors"
 SETTINGS = "settings.yaml"
+LOG = "train.log"
+SUMMARY = "summary.csv"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are(fits: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(fits, value))
+
+
+# What a file of weights says of its model: entries, a function that knows their values, and what these are.
+DESCRIPTION: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("model", "interpolation"), _is_text, "a name"),
+    (("model_kwargs",), lambda value: isinstance(value, dict), "a mapping"),
+    (("num_classes", "in_chans"), _is_count, "a number from 1"),
+    (("classes",), lambda value: value is None or _are(_is_text, value), "a list of names"),
+    (("exif_transpose",), lambda value: isinstance(value, bool), "true or false"),
+    (("img_size",), lambda value: _is_count(value) or _are(_is_count, value), "a size in pixels"),
+    (("mean", "std"), partial(_are, _is_number), "a list of numbers"),
+    (("crop_pct", "top1", "epoch"), _is_number, "a number"),
+)
 # Settings that say where a run is carried out, not what it computes.
 LOCATION_SETTINGS = ("data_dir", "config", "cfg", "resume", "dry_run", "device", "output", "experiment")
 # Settings that a continued run may change: how it is carried out, and how long it is. Batch size and micro-batches may
@@ -191,21 +224,32 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
 
     Returns:
         The description. It is empty for other files, and for files that cannot be read: loading them will say why.
+
+    Raises:
+        InputError: an entry that is not what its name says.
     """
     if path is None:
         return {}
     if not str(path).endswith(".safetensors"):
         try:
+            check_size(path)
             description = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["description"]
-            return description if isinstance(description, dict) else {}
         except Exception:  # not a checkpoint of a run
             return {}
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("litvit", "{}"))
-            return description if isinstance(description, dict) else {}
-    except (OSError, safetensors.SafetensorError, json.JSONDecodeError):
+    else:
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                description = json.loads((file.metadata() or {}).get("litvit", "{}"))
+        except (OSError, safetensors.SafetensorError, json.JSONDecodeError, RecursionError):
+            return {}
+    if not isinstance(description, dict):
         return {}
+    for names, fits, kind in DESCRIPTION:
+        for name in names:
+            if name in description and not fits(description[name]):
+                shown = printable(textwrap.shorten(repr(description[name]), 60, placeholder=" ..."))
+                raise InputError(f"{path}: its description is damaged: {name} is {shown}, not {kind}; save it again")
+    return description
 
 
 def resumed_folder(resume: str) -> Path:
@@ -244,19 +288,25 @@ class RunFolder:
         self.config, self.primary = config, primary
         self._may_rename = primary and not config.dry_run
         self._lock: IO | None = None
+        self._settings: dict[str, Any] = {}
+        self.path = self._choose_path(model)
+        for name in (SETTINGS, CHECKPOINT, PREVIOUS, DIVERGED, BEST_WEIGHTS, LOG, SUMMARY):
+            if (self.path / name).is_dir():
+                raise InputError(f"{self.path / name} is a folder, and the run writes a file there: move it away")
+
+    def _choose_path(self, model: str) -> Path:
+        config = self.config
         if config.resume and config.resume != "auto":
-            self.path = resumed_folder(config.resume)
-            return
+            return resumed_folder(config.resume)
         experiment = config.experiment
         if experiment is None:
             experiment = model if config.resume else f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
-        self.path = Path(config.output) / experiment
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file: choose another --output or --experiment")
-        if primary and not config.resume and holds_run(self.path):
-            raise InputError(
-                f"{self.path} holds a run: continue it with --resume {self.path}, or choose another --experiment"
-            )
+        path = Path(config.output) / experiment
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file: choose another --output or --experiment")
+        if self.primary and not config.resume and holds_run(path):
+            raise InputError(f"{path} holds a run: continue it with --resume {path}, or choose another --experiment")
+        return path
 
     def __str__(self) -> str:
         return str(self.path)
@@ -298,13 +348,17 @@ class RunFolder:
         """
         if not self.primary:
             return
+        self._settings = settings
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
-            text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
-            replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
+            self._make()
         except OSError as error:
             raise InputError(f"cannot write to the run's folder {self}: {error.strerror}") from error
+
+    def _make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        text = yaml.safe_dump(self._settings, sort_keys=False, default_flow_style=None)
+        replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
 
     def close(self) -> None:
         """Let other processes train in the folder."""
@@ -327,10 +381,19 @@ class RunFolder:
         """Save the best weights and the model's description. Returns as `save_checkpoint` does."""
         return self._write(save_weights, self.path / BEST_WEIGHTS, weights, description)
 
+    def has_best(self) -> bool:
+        """Whether there are best weights."""
+        return (self.path / BEST_WEIGHTS).is_file()
+
     def _write(self, write: Callable[..., None], *args: Any) -> bool:
         if not self.primary:
             return False
         try:
+            # the folder may be there: TensorBoard makes it
+            if self._lock is not None and not (self.path / SETTINGS).exists():
+                self.close()
+                self._make()
+                logger.warning("%s was deleted: it is made again, without its old files", self)
             write(*args)
             return True
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from litvit.data.dataset import Fault
+from litvit.data.workers import DeadLoaderError, NoBatch
 from litvit.errors import InputError
 from litvit.processes import Interrupted, Processes, StopSignals
 from litvit.runs.folder import RunFolder, interval
@@ -25,7 +26,7 @@ class Progress:
         epoch: Epochs that are trained and validated.
         step: Optimizer steps since the start of the run.
         steps_in_epoch: Optimizer steps of this epoch. After the last one, only validation is left.
-        best_top1: Best validated top-1 accuracy, in percent; -1 before the first validation that is finite.
+        best_top1: Validated top-1 accuracy of the best weights that are saved, in percent; -1 while there are none.
         unreadable: Images of this epoch that could not be decoded, of this process.
     """
 
@@ -66,6 +67,7 @@ class Saver:
     Args:
         folder: Folder of the run.
         processes: Processes of the run.
+        progress: Progress of the run.
         steps_per_epoch: Number of optimizer steps per epoch.
         total_batch: Number of images per optimizer step.
         state_dict: Function that returns the full state of the run. All processes must call it.
@@ -75,17 +77,18 @@ class Saver:
         self,
         folder: RunFolder,
         processes: Processes,
+        progress: Progress,
         steps_per_epoch: int,
         total_batch: int,
         state_dict: Callable[[], dict[str, Any]],
     ):
-        self.folder, self.processes, self.state_dict = folder, processes, state_dict
+        self.folder, self.processes, self.progress, self.state_dict = folder, processes, progress, state_dict
         config = folder.config
         self.unit, self.every = interval(config.checkpoint_every)
         self.steps_per_epoch = steps_per_epoch
         self.max_unreadable, self.limit = config.max_unreadable, config.max_unreadable * steps_per_epoch * total_batch
         self.signals = StopSignals()
-        self.last_save = time.monotonic()
+        self.last_save, self.last_step = time.monotonic(), 0
 
     def save(self) -> bool:
         """Save the full state.
@@ -94,44 +97,61 @@ class Saver:
             Whether it is saved, in the first process. The others do not know.
         """
         saved = self.folder.save_checkpoint(self.state_dict())
-        self.last_save = time.monotonic()
+        self.last_save, self.last_step = time.monotonic(), self.progress.step
         return saved
 
-    def save_or_stop(self, progress: Progress, faults: list[Fault]) -> None:
-        """Save when it is time, and stop when a signal says so, between steps and between batches of validation.
+    def save_or_stop(
+        self, faults: list[Fault], problem: NoBatch | InputError | None = None, *, whole_steps: bool = True
+    ) -> None:
+        """Save when it is time, and stop when a signal or a problem says so, before a batch is used.
 
-        All processes call it at the same points and decide alike.
+        All processes call it at the same points and decide alike. Nothing of the coming batch is in the state yet.
 
         Args:
-            progress: Progress of the run.
-            faults: Files that this process could not read since the last call.
+            faults: Files of the coming batch that this process could not read.
+            problem: Why this process has no batch, None if it has one.
+            whole_steps: Whether the last step is whole, and not in the midst of its micro-batches.
 
         Raises:
-            Interrupted: after a signal, when the run is saved.
-            InputError: more unreadable images than `max_unreadable` allows.
+            Interrupted: after a signal or the death of a loader process, when the run is saved.
+            InputError: more unreadable images than `max_unreadable` allows, or something that no process can train on.
         """
+        progress = self.progress
         by_steps = self.unit == "steps"
         due = progress.step % self.every == 0 if by_steps else time.monotonic() - self.last_save > self.every
-        due = due and self.processes.primary and progress.steps_in_epoch < self.steps_per_epoch
+        due = due and whole_steps and self.processes.primary and progress.step > self.last_step
+        due = due and progress.steps_in_epoch < self.steps_per_epoch
         for fault in faults:
-            if fault.path not in progress.unreadable:  # it may have been drawn again, in the place of another
+            # It may have been drawn again, in the place of another. What is fatal stops the run anyway.
+            if not fault.fatal and fault.path not in progress.unreadable:
                 logger.warning("%s; another image takes its place", fault.reason)
                 progress.unreadable.append(fault.path)
-        stop, due, count = self.processes.sum(self.signals.received is not None, due, len(progress.unreadable))
-        if count > self.limit:
+        dead = [str(problem)] if isinstance(problem, DeadLoaderError) else []
+        wrong = [str(problem)] if isinstance(problem, InputError) and not dead else []
+        wrong += [fault.reason for fault in faults if fault.fatal]
+        stop = self.signals.received is not None or isinstance(problem, NoBatch)
+        stop, due, unreadable, num_dead, num_wrong = self.processes.sum(
+            stop, due, len(progress.unreadable), len(dead), len(wrong)
+        )
+        if num_wrong:
+            self.save()
+            raise InputError(self.processes.gather(wrong)[0])
+        if unreadable > self.limit:
             names = self.processes.gather(progress.unreadable)
             progress.unreadable = []  # those that are left will be counted again
             self.save()
             raise InputError(
-                f"cannot read the images {', '.join(names[:20])} ({count:.0f} of an epoch, more than "
+                f"cannot read the images {', '.join(names[:20])} ({unreadable:.0f} of an epoch, more than "
                 f"--max-unreadable {self.max_unreadable} allows): repair or replace them, and continue"
             )
-        saved = (stop or due) and self.save()
-        if stop:
+        saved = (stop or num_dead or due) and self.save()
+        if stop or num_dead:
+            reasons = self.processes.gather(dead)
             if self.processes.primary:
                 name = self.signals.received.name if self.signals.received else "a signal in another process"
                 point = (
                     f"saved at step {progress.steps_in_epoch} of epoch {progress.epoch + 1}" if saved else "NOT saved"
                 )
-                logger.warning("%s: %s; --resume %s continues from its last checkpoint", name, point, self.folder)
+                why = reasons[0] if reasons else name
+                logger.warning("%s: %s; --resume %s continues from its last checkpoint", why, point, self.folder)
             raise Interrupted

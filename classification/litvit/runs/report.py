@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from timm.utils import trim_summary, update_summary
@@ -12,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from litvit.errors import printable
+from litvit.runs.folder import LOG, SUMMARY
 
 logger = logging.getLogger("litvit")
 
@@ -20,12 +22,20 @@ def set_up_logging(folder: Path | None, primary: bool) -> None:
     """Send log lines to the terminal and to `folder`/train.log. Processes other than the first log warnings only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and primary:
-        handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace"))
+        handlers.append(_LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(_OneLine("%(message)s"))
     logging.raiseExceptions = False  # a full disk under the log file must not give one traceback per line
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     logger.setLevel(logging.INFO if primary else logging.WARNING)
+
+
+class _LogFile(WatchedFileHandler):
+    """A log file that is made again where its folder was deleted and made again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
 
 
 class _OneLine(logging.Formatter):
@@ -48,12 +58,12 @@ class Report:
     def __init__(self, folder: Path, primary: bool, start_epoch: int, total_steps: int):
         self.primary = primary
         self.total_steps = total_steps
-        self.summary = folder / "summary.csv"
+        self.summary, self.events = folder / SUMMARY, folder / "tensorboard"
         self.tensorboard = None
         if primary:
             with self._logs_never_stop_a_run():
                 trim_summary(str(self.summary), start_epoch)
-                self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+                self.tensorboard = SummaryWriter(str(self.events))
         self.start_time, self.start_step = time.perf_counter(), None
 
     @contextlib.contextmanager
@@ -66,6 +76,8 @@ class Report:
     def _scalars(self, step: int, **values: float) -> None:
         if self.tensorboard is not None:
             with self._logs_never_stop_a_run():
+                if not self.events.exists():  # the run's folder was deleted
+                    self.tensorboard = SummaryWriter(str(self.events))
                 for name, value in values.items():
                     self.tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
 

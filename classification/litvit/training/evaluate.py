@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -25,7 +25,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     *,
     real_labels: RealLabelsImagenet | None = None,
-    after_batch: Callable[[], None] | None = None,
+    iterate: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
 ) -> dict[str, float]:
     """Evaluate a classifier in eval mode, and restore its mode.
 
@@ -35,7 +35,7 @@ def evaluate(
         processes: The processes that share the batches, and this one's device. Counts are summed over them.
         autocast: Function that makes the context of mixed precision.
         real_labels: Labels of ImageNet-Real to count by too, for one process.
-        after_batch: Function that is called after every batch.
+        iterate: Function that returns an iterator of the batches.
 
     Returns:
         loss (mean cross-entropy), top1 and top5 in percent, images (how many), images_per_second (over all processes),
@@ -50,15 +50,13 @@ def evaluate(
     faults = []
     start = time.perf_counter()
     with torch.inference_mode():
-        for images, target, unreadable in loader:
+        for images, target, unreadable in iterate(loader):
             faults += unreadable
             with autocast():
                 logits = model(images)
             evaluator.update(logits, target)
             if real_labels is not None:
                 real_labels.add_result(logits)
-            if after_batch is not None:
-                after_batch()
         metrics = dict(evaluator.compute(processes.distributed))  # reads the counts, so it waits for the device
     seconds = time.perf_counter() - start
     model.train(was_training)

@@ -23,6 +23,16 @@ RECIPE_OF = {"lvt_cls": "lvt"}  # a model's name in old commands
 ONLY_ON_THE_COMMAND_LINE = ("data_dir", "config", "cfg", "resume", "dry_run", "help", "traceback")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of aliases to lists of aliases are gigabytes when a message shows them."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(problem="aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
 def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a recipe and check every key and value against the flags.
 
@@ -37,12 +47,12 @@ def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         InputError: a missing file, no YAML, an unknown key, or a value that the flag would not take.
     """
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
         raise InputError(f"no recipe at {path}; the project's own: {', '.join(recipe_names())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"{path} holds no `flag: value` lines")

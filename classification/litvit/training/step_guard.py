@@ -47,12 +47,17 @@ class StepGuard:
         self._buffers_before: list[Tensor] = []
 
     def watch(self, model: nn.Module) -> None:
-        """Take a model's buffers (BatchNorm's statistics), which a step that is left out puts back."""
-        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        """Take a model's buffers that steps change (BatchNorm's statistics): a step that is left out puts them back."""
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point() or not buffer.dim()]
 
     def begin(self) -> None:
         """Remember the buffers, before the first micro-batch of a step."""
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
+
+    def rewind(self) -> None:
+        """Put the buffers back to what they were before a step that will not be whole."""
+        for buffer, before in zip(self._buffers, self._buffers_before, strict=False):
+            buffer.copy_(before)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a micro-batch."""
@@ -83,6 +88,7 @@ class StepGuard:
         self.optimizer.zero_grad()
         for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
             torch.where(bad.bool(), before, buffer, out=buffer)
+        self._buffers_before = []
         self.bad_steps += bad
         self.bad_in_a_row = (self.bad_in_a_row + bad) * bad
         return torch.where(bad.bool(), 0.0, loss)

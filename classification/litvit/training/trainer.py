@@ -1,10 +1,11 @@
 """The training loop of a classifier."""
 
 import contextlib
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,11 @@ from timm.task import TrainingTask
 from timm.utils import distribute_bn, get_state_dict, unwrap_model
 from torch import Tensor
 
-from litvit.data.dataset import Fault
 from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches
 from litvit.data.random_streams import Stream, seed_everything
 from litvit.data.readers import check_class_numbers
 from litvit.data.streams import ImageStream
+from litvit.data.workers import NoBatch
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
@@ -76,11 +77,14 @@ class Trainer:
         self.steps_per_epoch = len(self.train_batches) // self.accum_steps
         self.total_batch = self.config.data.batch_size * self.accum_steps * self.processes.world_size
         self.progress = Progress(torch.zeros((), device=self.processes.device))
-        self.saver = Saver(self.folder, self.processes, self.steps_per_epoch, self.total_batch, self.state_dict)
+        sizes = self.steps_per_epoch, self.total_batch
+        self.saver = Saver(self.folder, self.processes, self.progress, *sizes, self.state_dict)
         self.saved = True
+        self.unsaved_best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # weights and their description
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on. Weights have timm's names: timm loads the file too."""
+        self.guard.rewind()  # of a step that a signal has interrupted between its micro-batches
         return {
             **self.progress.state_dict(self.processes),
             **self.guard.state_dict(),
@@ -114,6 +118,7 @@ class Trainer:
             raise InputError(f"--resume: the checkpoint does not fit these settings: {reason}") from error
         self.guard.load_state_dict(state)
         self.progress.load_state_dict(state, self.processes)
+        self.saver.last_step = self.progress.step
         self._set_learning_rate()
 
     def _settings(self) -> dict[str, Any]:
@@ -164,8 +169,14 @@ class Trainer:
         if status == 0 and primary and not self.saved:
             status = EXIT_INTERRUPTED
             logger.error("the run has ended, but its end is NOT saved: make room in %s and run it again", self.folder)
+        elif status == 0 and self.unsaved_best:
+            status = EXIT_INTERRUPTED
+            epoch, top1 = (self.unsaved_best[1][name] for name in ("epoch", "top1"))
+            logger.error("the run has ended, but its best weights, of epoch %d, top1 %.2f, are NOT saved", epoch, top1)
         elif status == 0 and self.progress.best_top1 < 0:
             logger.info("the run has ended: no validation was finite, so %s has no best weights", self.folder)
+        elif status == 0 and not self.folder.has_best():
+            logger.info("the run has ended: its best weights are gone, and %s holds the last ones alone", self.folder)
         elif status == 0:
             logger.info("the run has ended: best top1 %.2f; it is in %s", self.progress.best_top1, self.folder)
         if self.processes.distributed:
@@ -180,24 +191,37 @@ class Trainer:
         loss = self.processes.mean(progress.loss_sum).item() / progress.steps_in_epoch
         progress.end_epoch()
         self._set_learning_rate()
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["top1"])
-        best = finite and metrics["top1"] > progress.best_top1
-        if not finite and self.processes.primary:
-            logger.warning(
-                "epoch %d: not a candidate for the best weights, its validation is not finite (loss %.4f, top1 %.2f)",
-                progress.epoch,
-                metrics["loss"],
-                metrics["top1"],
-            )
-        if best:
-            progress.best_top1 = metrics["top1"]
-        if best and self.processes.primary:
-            model = self.task.get_eval_model(ema=self.task.has_ema())
-            description = {**self.description, "top1": metrics["top1"], "epoch": progress.epoch}
-            self.folder.save_best(get_state_dict(model, unwrap_model), description)
+        if self.processes.primary:
+            self._keep_best(metrics)
         train_metrics = {"loss": loss, "images_per_second": speed}
         report.epoch(progress.epoch - 1, progress.step, train_metrics, metrics, lr, progress.best_top1)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        """Save the weights if they are the best, or else the best ones that could not be saved before."""
+        progress, folder = self.progress, self.folder
+        if progress.best_top1 >= 0 and not folder.has_best():
+            logger.warning("%s has lost its best weights: the best from now on take their place", folder)
+            progress.best_top1 = -1.0
+        weights = get_state_dict(self.task.get_eval_model(ema=self.task.has_ema()), unwrap_model)
+        finite = all(math.isfinite(metrics[name]) for name in ("loss", "top1"))
+        if not finite or not all(value.isfinite().all() for value in weights.values()):
+            logger.warning(
+                "epoch %d: not a candidate for the best weights, %s not finite (loss %.4f, top1 %.2f)",
+                progress.epoch,
+                "its weights are" if finite else "its validation is",
+                metrics["loss"],
+                metrics["top1"],
+            )
+        elif metrics["top1"] > (self.unsaved_best[1]["top1"] if self.unsaved_best else progress.best_top1):
+            self.unsaved_best = weights, {**self.description, "top1": metrics["top1"], "epoch": progress.epoch}
+        if self.unsaved_best is None:
+            return
+        weights, description = self.unsaved_best
+        if folder.save_best(weights, description):
+            progress.best_top1, self.unsaved_best = description["top1"], None
+        else:
+            self.unsaved_best = {name: value.detach().cpu().clone() for name, value in weights.items()}, description
 
     def train_epoch(self, report: Report) -> float:
         """Train the rest of an epoch.
@@ -215,13 +239,11 @@ class Trainer:
         first = reported = progress.steps_in_epoch
         reported_loss = progress.loss_sum.clone()
         start = reported_time = time.perf_counter()
-        faults: list[Fault] = []
         step_loss = torch.zeros_like(progress.loss_sum)
-        batches = iter(self.train_batches) if first < self.steps_per_epoch else iter(())
+        batches = self._agreed(self.train_batches) if first < self.steps_per_epoch else ()
         for index, batch in enumerate(batches, first * self.accum_steps):
             if progress.steps_in_epoch == self.steps_per_epoch:
                 break  # the last, incomplete step of a stream
-            faults += batch.faults
             first_of_step, last_of_step = index % self.accum_steps == 0, (index + 1) % self.accum_steps == 0
             if first_of_step:
                 self.guard.begin()
@@ -229,7 +251,6 @@ class Trainer:
             step_loss += self.forward_backward(batch, index, last_of_step)
             if not last_of_step:
                 continue
-            self._stop_at_fatal(faults)
             progress.loss_sum += self.guard.step(step_loss)
             progress.steps_in_epoch += 1
             progress.step += 1
@@ -246,8 +267,6 @@ class Trainer:
                     self.folder.save_diverged(self.state_dict())
                     raise Diverged(self.guard.advice(progress.step, self.folder.path))
                 reported_loss, reported, reported_time = progress.loss_sum.clone(), done, now
-            self.saver.save_or_stop(progress, faults)
-            faults = []
         bar.close()
         return (progress.steps_in_epoch - first) * self.total_batch / (time.perf_counter() - start)
 
@@ -264,15 +283,29 @@ class Trainer:
             self.guard.backward(loss)
         return loss.detach()
 
-    def _stop_at_fatal(self, faults: list[Fault]) -> None:
-        """Save, and raise InputError, before a step for which a process could not read a label file or a shard."""
-        if not self.config.token_labels.token_label and not isinstance(self.train_batches, StreamedBatches):
-            return
-        fatal = [fault.reason for fault in faults if fault.fatal]
-        (count,) = self.processes.sum(len(fatal))
-        if count:
-            self.saver.save()  # nothing of this step is in the state yet
-            raise InputError(self.processes.gather(fatal)[0])
+    def _agreed(self, batches: Iterable[Batch], training: bool = True, alike: bool = True) -> Iterator[Batch]:
+        """Yield batches. Before each one, and after the last one, all processes agree whether to save or to stop.
+
+        A process that has no batch takes part: the others would wait for it in the step.
+
+        Args:
+            batches: Batches of this process.
+            training: Whether unreadable images count, and whether `accum_steps` batches are a step.
+            alike: Whether all processes have as many batches. If not, they agree after their last one alone.
+        """
+        batches = iter(batches)
+        for index in itertools.count():
+            batch = problem = None
+            try:
+                batch = next(batches, None)
+            except (NoBatch, InputError) as error:
+                problem = error
+            faults = batch.faults if batch is not None and training else []
+            if alike or batch is None:
+                self.saver.save_or_stop(faults, problem, whole_steps=index % self.accum_steps == 0 or not training)
+            if batch is None:
+                return
+            yield batch
 
     def validate(self) -> dict[str, float]:
         """Validate the model, or the average of its weights if there is one.
@@ -289,11 +322,11 @@ class Trainer:
         model = self.task.get_eval_model(ema=ema)
         if distributed:
             model = getattr(model, "module", model)  # no collectives of DDP: batches may differ in size between ranks
-        # Streams may differ in length between processes, which must call the saver alike.
-        streamed = distributed and isinstance(self.val_batches.dataset, ImageStream)
-        after_batch = None if streamed else partial(self.saver.save_or_stop, self.progress, [])
+        # Streams may differ in length between processes.
+        alike = not (distributed and isinstance(self.val_batches.dataset, ImageStream))
+        agreed = partial(self._agreed, training=False, alike=alike)
         try:
-            metrics = evaluate(model, self.val_batches, self.processes, self.autocast, after_batch=after_batch)
+            metrics = evaluate(model, self.val_batches, self.processes, self.autocast, iterate=agreed)
         except InputError:
             self.saver.save()  # the epoch is trained, and continues with its validation
             raise

@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import litvit  # noqa: F401 (registers the models)
 from litvit.checkpoints import load_weights, read_state_dict
 from litvit.errors import InputError
 from litvit.models import LIT, LVT
+from litvit.runs.folder import load_checkpoint, read_description
 
 
 def tiny(**kwargs):
@@ -276,3 +279,37 @@ def test_tables_of_another_model_that_are_no_square_are_one_line(tmp_path):
     torch.save({"patch_embed1.proj.weight": torch.ones(64, 3, 4, 4), "pos_embed1": torch.ones(1, 50 * 40, 64)}, file)
     with pytest.raises(InputError, match="does not fit LIT"):
         load_weights(tiny(), file)
+
+
+@pytest.mark.parametrize("lie", [False, True])
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, lie):
+    """Four megabytes that unpack to four gigabytes, even where the archive says that they are few."""
+    path = tmp_path / "weights.pth"
+    torch.save({"w": torch.zeros(4)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for record in plain.namelist():
+            with packed.open(record, "w", force_zip64=True) as file:
+                file.write(plain.read(record))
+                for _ in range(64 if record.endswith("data/0") else 0):
+                    file.write(bytes(2**20))
+        if lie:
+            packed.infolist()[0].file_size = 16
+    tracemalloc.start()
+    for read in (read_state_dict, load_checkpoint):
+        with pytest.raises(InputError, match="is a compressed archive of .* MiB, and torch.save compresses nothing"):
+            read(path)
+    assert read_description(path) == {}
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_dicts_that_hold_one_another_many_times(tmp_path):
+    entries = {"w": torch.zeros(1)}
+    for _ in range(20):
+        entries = {str(number): entries for number in range(10)}
+    torch.save(entries, tmp_path / "weights.pth")
+    assert len(read_state_dict(tmp_path / "weights.pth")) == 1
+    entries = {"w": torch.zeros(1)}
+    entries["itself"] = entries
+    torch.save(entries, tmp_path / "weights.pth")
+    assert read_state_dict(tmp_path / "weights.pth").keys() == {"w"}

@@ -96,3 +96,35 @@ def test_a_run_is_named_by_folder_or_checkpoint(tmp_path):
     assert resumed_folder(str(tmp_path)) == resumed_folder(str(tmp_path / "last.pth")) == tmp_path
     with pytest.raises(InputError, match="no run there"):
         resumed_folder(str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("model", 5, "a name"),
+        ("model_kwargs", [1], "a mapping"),
+        ("num_classes", "ten", "a number from 1"),
+        ("num_classes", True, "a number from 1"),
+        ("classes", {"ant": 0}, "a list of names"),
+        ("in_chans", 0, "a number from 1"),
+        ("img_size", ["224"], "a size in pixels"),
+        ("mean", "grey", "a list of numbers"),
+        ("crop_pct", float("nan"), "a number"),
+    ],
+)
+def test_a_description_with_wrong_types_is_one_line(tmp_path, suffix, name, value, kind):
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        save_checkpoint(path, {"optimizer": {}, "description": {name: value}})
+    else:
+        save_weights(path, {"w": torch.zeros(1)}, {name: value})
+    with pytest.raises(InputError, match=f"its description is damaged: {name} is .*, not {kind}; save it again"):
+        read_description(path)
+
+
+@pytest.mark.parametrize("name", ["train.log", "summary.csv", "last.pth", "model_best.safetensors", "settings.yaml"])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} is a folder, and the run writes a file there"):
+        RunFolder(RunConfig(output=str(tmp_path.parent), experiment=tmp_path.name), "lit_ti", primary=True)

@@ -182,3 +182,20 @@ def test_a_config_made_in_python_is_checked_too(groups, says):
 def test_a_config_made_in_python_is_the_recipe_that_it_is_saved_as():
     config = Config(DataConfig("data"), ModelConfig("lit_ti", model_kwargs={"depths": (1, 1, 1, 1)}))
     assert config.flat() == yaml.safe_load(yaml.safe_dump(config.flat()))
+
+
+@pytest.mark.parametrize("key", ["lr", "model_kwargs", "opt_betas", "nothing"])
+def test_aliases_of_a_recipe_are_one_short_line(key, tmp_path):
+    """A few lines of aliases would be gigabytes when a message shows the value."""
+    lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"b{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "bomb.yaml").write_text("\n".join([*lines, f"{key}: *a11"]))
+    with pytest.raises(InputError, match=r"bomb.yaml is not YAML: aliases \(\*name\) are not read") as error:
+        load_recipe(tmp_path / "bomb.yaml", build_parser())
+    assert len(str(error.value)) < 300
+
+
+def test_a_recipe_that_is_nested_too_deeply_is_one_line(tmp_path):
+    (tmp_path / "deep.yaml").write_text("lr: " + 10000 * "[" + 10000 * "]")
+    with pytest.raises(InputError, match="deep.yaml is not YAML: "):
+        load_recipe(tmp_path / "deep.yaml", build_parser())

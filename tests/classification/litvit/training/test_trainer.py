@@ -1,63 +1,36 @@
 """A run that is never lost: kills, signals, broken checkpoints, bad numbers, bad images, full disks."""
 
+import fcntl
 import io
 import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import termios
 import time
 from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import train
 from safetensors.torch import load_file, save_file
 
 from litvit import cli
+from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
 from litvit.runs.folder import BEST_WEIGHTS, CHECKPOINT, DIVERGED, PREVIOUS, read_description
 from litvit.training.recipe import parse_config
 
 CLASSIFICATION = Path(train.__file__).parent
-# everything random is on: repeated augmentation, RandAugment, erasing, mixup, cutmix, stochastic depth, dropout
-RANDOM = "--mixup 0.8 --cutmix 1.0 --aug-repeats 3 --reprob 0.5 --drop-path 0.2 --drop 0.2 --model-ema --clip-grad 5"
-
-
-@pytest.fixture
-def flags(digits, tmp_path, tiny_flags):
-    """A run of 2 epochs of 4 updates in tmp_path/run, with all its randomness."""
-    return [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(tmp_path), "--experiment", "run"]
-
-
-def weights(folder):
-    """All that the checkpoint of a finished run holds of weights and optimizer."""
-    state = torch.load(Path(folder) / CHECKPOINT, weights_only=True)
-    tensors = {**state["state_dict"], **{f"ema.{k}": v for k, v in state["state_dict_ema"].items()}}
-    for index, entry in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
-    return tensors
-
-
-def assert_same_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-@pytest.fixture(scope="module")
-def undisturbed(digits, tmp_path_factory, tiny_flags):
-    """Folder of the run of `flags` without any disturbance."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    flags = [str(digits), *tiny_flags, *RANDOM.split(), "--output", str(output)]
-    trainer = train.build_trainer(parse_config(flags))
-    assert trainer.run() == 0
-    return trainer.folder.path
 
 
 def run(*flags):
@@ -65,7 +38,9 @@ def run(*flags):
 
 
 @pytest.mark.parametrize("update", [1, 3, 4, 5])
-def test_interrupted_anywhere_the_run_ends_with_the_same_weights(flags, tmp_path, undisturbed, update):
+def test_interrupted_anywhere_the_run_ends_with_the_same_weights(
+    flags, tmp_path, undisturbed, update, assert_same_weights
+):
     trainer = train.build_trainer(parse_config(flags))
     step = trainer.guard.step
 
@@ -89,7 +64,7 @@ def test_interrupted_anywhere_the_run_ends_with_the_same_weights(flags, tmp_path
         assert row[3:6] == other[3:6]
 
 
-def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, undisturbed):
+def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, undisturbed, assert_same_weights):
     trainer = train.build_trainer(parse_config(flags))
     validate = trainer.validate
 
@@ -105,7 +80,7 @@ def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, u
     assert_same_weights(tmp_path / "run", undisturbed)
 
 
-def test_kill_9_at_a_random_moment(flags, tmp_path, undisturbed):
+def test_kill_9_at_a_random_moment(flags, tmp_path, undisturbed, assert_same_weights):
     command = [sys.executable, str(CLASSIFICATION / "train.py"), *flags, "--resume", "auto", "--checkpoint-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -203,12 +178,14 @@ def test_changed_settings_are_refused_by_name(undisturbed, tmp_path, flags, run_
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(flags, tmp_path, undisturbed, damage, capsys):
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    flags, tmp_path, undisturbed, damage, capsys, assert_same_weights
+):
     trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
     save_or_stop = trainer.saver.save_or_stop
 
-    def stop_at_step_6(progress, faults):
-        save_or_stop(progress, faults)
+    def stop_at_step_6(*args, **kwargs):
+        save_or_stop(*args, **kwargs)
         if trainer.progress.step == 6:
             raise Interrupted
 
@@ -450,53 +427,6 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monk
     assert torch.load(folder / CHECKPOINT, weights_only=True)["update"] == 8
 
 
-def rank_of(process):
-    """RANK of a process that torchrun started, None for others and for those that are gone."""
-    try:
-        variables = (process / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return next((int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")), None)
-
-
-def cmdline(process):
-    """Command line of a process, empty for one that is gone."""
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def kill_rank(rank, folder):
-    """Kill -9 the trainer process of that rank whose run is in the folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        if rank_of(process) == rank and str(folder).encode() in cmdline(process):
-            os.kill(int(process.name), signal.SIGKILL)
-            return
-    pytest.fail(f"no process of rank {rank}")
-
-
-@pytest.fixture
-def launch(flags):
-    """Start distributed_train.sh with two processes, and read its output to a line that holds a text."""
-
-    def start(*more, until="step 3/", **environment):
-        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-        process = subprocess.Popen(
-            ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", *more],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in process.stdout:
-            if until in line:
-                return process
-        pytest.fail(process.stderr.read())
-
-    return start
-
-
 def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, monkeypatch, capsys):
     trainer = train.build_trainer(parse_config(flags))
     step = trainer.guard.step
@@ -517,7 +447,7 @@ def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, m
     assert run(*flags, "--resume", "auto") == 0
 
 
-def test_a_run_whose_end_is_not_saved_says_so(flags, tmp_path, monkeypatch, undisturbed, capsys):
+def test_a_run_whose_end_is_not_saved_says_so(flags, tmp_path, monkeypatch, undisturbed, capsys, assert_same_weights):
     save = torch.save
 
     def full_at_the_end(state, path):
@@ -546,7 +476,9 @@ def test_two_processes_cannot_train_in_one_folder(flags, tmp_path, run_main):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_continues(flags, tmp_path, undisturbed, run_main):
+def test_a_run_that_was_killed_before_its_first_checkpoint_continues(
+    flags, tmp_path, undisturbed, run_main, assert_same_weights
+):
     def killed(report):
         raise RuntimeError("killed")
 
@@ -570,66 +502,202 @@ def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] == 8
 
 
-def test_a_killed_process_is_started_again_and_the_weights_are_the_same(launch, tmp_path):
-    process = launch("--checkpoint-every", "1", MAX_RESTARTS="1")
-    kill_rank(1, tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "continuing at epoch" in out
-    (tmp_path / "run").rename(tmp_path / "killed")
-    process = launch()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert_same_weights(tmp_path / "killed", tmp_path / "run")
+def at_step(trainer, number, act):
+    """Let a trainer call a function after an optimizer step."""
+    step = trainer.guard.step
+
+    def step_and_act(loss):
+        loss = step(loss)
+        if trainer.progress.step + 1 == number:
+            act()
+        return loss
+
+    trainer.guard.step = step_and_act
 
 
-def test_a_dead_process_ends_the_others_and_is_named(launch, tmp_path):
-    process = launch("--epochs", "500", MAX_RESTARTS="0")
-    kill_rank(1, tmp_path)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 60
-    assert process.returncode not in (0, EXIT_INTERRUPTED)
-    assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s*\n\s*exitcode\s*: -9", err), err
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_killed_loader_process_ends_the_run_which_is_saved(
+    flags, tmp_path, undisturbed, assert_same_weights, capsys, accum_steps
+):
+    """Also in the midst of a step's micro-batches, whose part of BatchNorm's statistics is taken back."""
+    flags = [*flags, "-j", "1", "-b", str(20 // accum_steps), "--grad-accum-steps", str(accum_steps)]
+    trainer = train.build_trainer(parse_config(flags))
+    loader, forward_backward = trainer.train_batches.loader, trainer.forward_backward
+    before = {}
 
+    def kill_the_loader(batch, index, last_of_step):
+        if trainer.progress.step == 2 and index % accum_steps == 0:
+            before.update(
+                {name: value.clone() for name, value in trainer.task.get_trainable_module().state_dict().items()}
+            )
+            (process,) = loader._iterator._workers
+            process.kill()
+            process.join()
+        return forward_backward(batch, index, last_of_step)
 
-def test_sigterm_to_the_launcher_while_workers_start_up_is_not_lost(flags, tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", "--epochs", "500"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    children = set()
-    while 1 not in {rank_of(entry) for entry in children}:  # of this run: other tests have launchers, too
-        assert process.poll() is None
-        children = {entry for entry in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in cmdline(entry)}
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == EXIT_INTERRUPTED, err
-
-
-@pytest.mark.parametrize("moment", ["start-up", "training"])
-def test_killed_launcher_takes_its_workers_along(launch, flags, tmp_path, moment):
-    if moment == "training":
-        process = launch("--epochs", "500")
+    trainer.forward_backward = kill_the_loader
+    assert trainer.run() == EXIT_INTERRUPTED
+    out = capsys.readouterr().out
+    assert re.search(r"a loader process was killed by SIGKILL.*: saved at step (\d) of epoch 1; --resume", out)
+    saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    if accum_steps == 2 and saved["update"] == 2:
+        for name, value in saved["state_dict"].items():
+            assert torch.equal(value, before[name]), name
+    assert run(*flags, "--resume", "auto") == 0
+    if accum_steps == 1:
+        assert_same_weights(tmp_path / "run", undisturbed)
     else:
-        command = ["bash", str(CLASSIFICATION / "distributed_train.sh"), "2", *flags, "-b", "10", "--epochs", "500"]
-        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=environment, **pipes)
-        children = set()
-        while 1 not in {rank_of(entry) for entry in children}:  # workers that have only just begun
-            assert process.poll() is None
-            children = {entry for entry in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in cmdline(entry)}
-    torchrun = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in (process.pid, *map(int, torchrun)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=180)  # the pipes close when the last of them is gone
-    assert not any(str(tmp_path).encode() in cmdline(entry) for entry in Path("/proc").glob("[0-9]*"))
+        assert run(*flags, "--experiment", "whole") == 0
+        assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_sigterm_to_the_launcher_saves_and_exits_with_75(launch, tmp_path):
-    process = launch("--epochs", "500")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == EXIT_INTERRUPTED, err
-    assert (tmp_path / "run" / CHECKPOINT).is_file()
+def test_a_read_that_hangs_does_not_keep_a_signal_waiting(
+    digits_copy, tmp_path, flags, undisturbed, assert_same_weights, capsys
+):
+    flags = [str(digits_copy), *flags[1:], "-j", "1"]
+    images = {path: path.read_bytes() for path in (digits_copy / "train").rglob("*.png")}
+    trainer = train.build_trainer(parse_config(flags))
+
+    def hang():
+        for path in images:
+            path.unlink()
+            os.mkfifo(path)
+        Timer(3, os.kill, (os.getpid(), signal.SIGHUP)).start()
+
+    at_step(trainer, 2, hang)
+    start = time.monotonic()
+    assert trainer.run() == EXIT_INTERRUPTED
+    assert time.monotonic() - start < 30
+    assert re.search(r"SIGHUP: saved at step \d of epoch \d; --resume", capsys.readouterr().out)
+    for path, content in images.items():
+        path.unlink()
+        path.write_bytes(content)
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_folder_that_is_gone_ends_the_run_which_is_saved(
+    digits_copy, tmp_path, flags, undisturbed, assert_same_weights, run_main, workers, monkeypatch
+):
+    flags = [digits_copy, *flags[1:], "-j", workers]
+    trainer = train.build_trainer(parse_config([str(flag) for flag in flags]))
+    at_step(trainer, 3, lambda: digits_copy.rename(tmp_path / "away"))
+    with pytest.raises(InputError, match=f"{digits_copy}.*repair or replace"):
+        trainer.run()
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] >= 3
+    (tmp_path / "away").rename(digits_copy)
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_best_weights_that_are_not_saved_are_tried_again(flags, tmp_path, monkeypatch, capsys):
+    """Those of the first epoch, although the second one is worse."""
+    trainer = train.build_trainer(parse_config([*flags, "--epochs", "3"]))
+    validate, top1s = trainer.validate, iter([30.0, 10.0, 20.0])
+    trainer.validate = lambda: {**validate(), "top1": next(top1s)}
+    write, failures = safetensors.torch.save_file, iter([True])
+
+    def full_once(*args, **kwargs):
+        if next(failures, False):
+            raise OSError(28, "No space left on device")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_once)
+    assert trainer.run() == 0
+    assert best_of(tmp_path / "run")["epoch"] == 1
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert re.findall(r"best top1 ([\w.]+)", log) == ["none", "30.00", "30.00", "30.00"]
+
+
+def test_an_end_without_best_weights_does_not_claim_them(flags, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert run(*flags) == EXIT_INTERRUPTED
+    assert re.search(
+        r"the run has ended, but its best weights, of epoch \d, top1 [\d.]+, are NOT saved", capsys.readouterr().out
+    )
+    monkeypatch.undo()
+    assert run(*flags, "--resume", "auto", "--epochs", 3) == 0
+    assert best_of(tmp_path / "run")["epoch"] == 3  # the best that there are
+    (tmp_path / "run" / BEST_WEIGHTS).unlink()
+    assert run(*flags, "--resume", "auto", "--epochs", 3) == 0
+    assert "its best weights are gone" in capsys.readouterr().out
+
+
+def test_weights_that_became_infinite_are_not_the_best(flags, tmp_path):
+    """Their validation may be finite."""
+    trainer = train.build_trainer(parse_config(flags))
+    validate = trainer.validate
+
+    def spoil():
+        metrics = validate()
+        if trainer.progress.epoch == 1:
+            trainer.task.get_eval_model(ema=True).module.head.bias.data[0] = -torch.inf
+        return {**metrics, "top1": 100.0 * trainer.progress.epoch}
+
+    trainer.validate = spoil
+    assert trainer.run() == 0
+    assert best_of(tmp_path / "run")["epoch"] == 1
+    assert (
+        "not a candidate for the best weights, its weights are not finite"
+        in (tmp_path / "run" / "train.log").read_text()
+    )
+
+
+def test_an_output_folder_that_is_deleted_is_made_again(flags, tmp_path, undisturbed, assert_same_weights, capsys):
+    folder = tmp_path / "run"
+    trainer = train.build_trainer(parse_config(flags))
+    at_step(trainer, 6, lambda: shutil.rmtree(folder))
+    assert trainer.run() == 0
+    assert f"{folder} was deleted: it is made again, without its old files" in capsys.readouterr().out
+    assert_same_weights(folder, undisturbed)
+    assert {"settings.yaml", "summary.csv", "train.log", "tensorboard", BEST_WEIGHTS} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert "the run has ended" in (folder / "train.log").read_text()
+    assert run(*flags, "--resume", "auto", "--epochs", 3) == 0
+
+
+def test_a_log_that_is_a_folder_is_refused(flags, tmp_path, run_main):
+    (tmp_path / "run" / "train.log").mkdir(parents=True)
+    outcome = run_main(train, *flags)
+    assert outcome.status == 2
+    assert f"{tmp_path / 'run' / 'train.log'} is a folder, and the run writes a file there: move it away" in outcome.err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["train.log"]
+
+
+def test_closed_standard_streams(flags, tmp_path, undisturbed, assert_same_weights):
+    """The files of the run must not take their places."""
+    command = shlex.join([sys.executable, str(CLASSIFICATION / "train.py"), *flags])
+    assert subprocess.run(["bash", "-c", f"exec {command} <&- >&- 2>&-"]).returncode == 0
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_a_terminal_that_is_closed(flags, tmp_path):
+    terminal, end = pty.openpty()
+    command = [sys.executable, str(CLASSIFICATION / "train.py"), *flags, "--epochs", "500"]
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(end, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, preexec_fn=take_terminal)
+    os.close(end)
+    text = b""
+    while b"epoch 2: train loss" not in text:
+        text += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=60) == EXIT_INTERRUPTED
+    assert "SIGHUP: saved at step" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_nohup_is_respected(flags, tmp_path):
+    command = ["nohup", sys.executable, str(CLASSIFICATION / "train.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if "step 2/" in line:
+            process.send_signal(signal.SIGHUP)
+    assert process.wait() == 0
