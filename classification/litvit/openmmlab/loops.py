@@ -212,7 +212,7 @@ class Saver:
         saved = self.save()
         if self.processes.primary:
             self._tell(self.signals.received.name if self.signals.received else "a signal in another process", saved)
-        self.processes.sum()  # nobody leaves before the first process is done: a scheduler would end it
+        self.processes.sum(0)  # nobody leaves before the first process is done: a scheduler would end it
         raise Stopped(EXIT_INTERRUPTED)
 
     def stop_alone(self) -> None:
@@ -235,7 +235,7 @@ class Saver:
             self._tell("an error", saved)
             for message in dict.fromkeys(message for status, message in told if status != 1):
                 cli.report(error if str(error) == message else InputError(message))
-        self.processes.sum()
+        self.processes.sum(0)
         if bug:
             raise error
         raise Stopped(1 if 1 in statuses else max(statuses))
@@ -261,7 +261,7 @@ class Saver:
                     f"the run has ended, but its end is NOT saved: make room in {self.runner.work_dir} and give the "
                     "same command with --resume"
                 )
-            self.processes.sum()
+            self.processes.sum(0)
             raise Stopped(EXIT_INTERRUPTED)
         self.runner.delete_checkpoints_in_time()
 
