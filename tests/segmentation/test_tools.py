@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,12 +98,46 @@ def test_an_interrupted_training_resumes(config, trained, tmp_path):
     file.write_text(f"_base_ = '{config}'\nload_from = '{trained / 'iter_2.pth'}'\n{PRETRAINED}")
     done = run("train.py", file, "--work-dir", folder, "--resume")
     assert done.status == 0, done.err
-    assert f"{cut} is cut off or missing: {folder / 'iter_1.pth'} is used instead" in done.err
+    assert f"{cut} is damaged or missing: {folder / 'iter_1.pth'} is used instead" in done.err
     assert "resumed epoch: 0, iter: 1" in done.out
     assert "Iter(train) [1/2]" not in done.out
     assert "Iter(train) [2/2]" in done.out
     assert load_from_file(cut)["meta"]["iter"] == 2
-    assert not list(folder.glob("*.part"))
+    assert {file.name for file in folder.glob("*.pth*")} == {"iter_1.pth", "iter_2.pth", "iter_2.pth.damaged"}
+
+
+def start(*arguments):
+    """Start train.py, and return its process once it trains."""
+    command = [sys.executable, SEGMENTATION / "tools/train.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    for line in process.stdout:
+        if "Iter(train)" in line:
+            break
+    return process
+
+
+def test_a_training_that_is_interrupted_or_loses_its_data_is_saved(config, tmp_path):
+    ends = ["train_cfg.max_iters=4000", "train_cfg.val_interval=4000", "default_hooks.checkpoint.interval=4000"]
+    data, work_dir = shutil.copytree(config.parent / "ade", tmp_path / "ade"), tmp_path / "run"
+    (tmp_path / "config.py").write_text(
+        f"_base_ = '{config}'\ntrain_dataloader = dict(num_workers=1, dataset=dict(data_root='{data}'))\n"
+    )
+    command = [tmp_path / "config.py", "--work-dir", work_dir, "--resume", "--cfg-options", *ends]
+    first = start(*command)
+    first.send_signal(signal.SIGTERM)
+    output = first.communicate(timeout=60)[0].splitlines()
+    iteration = load_from_file(work_dir / "last.pth")["meta"]["iter"]
+    assert first.returncode == 75
+    assert f"SIGTERM: saved at iteration {iteration}; the same command with --resume continues" in output[-1]
+    second = start(*command)
+    data.rename(tmp_path / "gone")
+    output = second.communicate(timeout=60)[0].splitlines()
+    assert second.returncode == 2
+    assert re.match(r"error: \S*/ade/\S+ cannot be read: FileNotFoundError: ", output[-1])
+    assert load_from_file(work_dir / "last.pth")["meta"]["iter"] > iteration
+    assert (work_dir / "last_checkpoint").read_text() == str(work_dir / "last.pth")
 
 
 def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp_path):
@@ -529,4 +565,4 @@ def test_annotations_are_listed_by_folder(tmp_path, monkeypatch):
 
 def test_the_number_of_gpus_is_required(config):
     assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).err
-    assert "CONFIG CHECKPOINT GPUS" in run("dist_test.sh", config, "x.pth").stderr
+    assert "CONFIG CHECKPOINT GPUS" in run("dist_test.sh", config, "x.pth").err

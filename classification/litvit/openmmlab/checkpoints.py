@@ -7,11 +7,14 @@ history also pickles four of its own methods, as calls of `getattr`. The real `g
 anything; `_statistic` replaces it, hands out these four methods and refuses everything else.
 """
 
+import hashlib
 import os
 import re
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +22,7 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 
 import numpy as np
+import safetensors
 import torch
 from mmengine.dist import barrier
 from mmengine.logging import HistoryBuffer
@@ -26,9 +30,11 @@ from mmengine.runner import CheckpointLoader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from litvit.checkpoints import mismatch, read_checkpoint
+from litvit.checkpoints import begins_with, mismatch, read_checkpoint, verify_archive
 from litvit.errors import InputError
 from litvit.models import identify_model, translate_published
+from litvit.processes import is_primary
+from litvit.runs.folder import CHECKPOINT, PREVIOUS
 
 
 def _statistic(cls: type, name: str) -> Callable:
@@ -83,7 +89,17 @@ def load_from_file(filename: str, map_location: Any = None) -> dict:
     path = Path(filename).expanduser()
     if path.suffix == ".safetensors":
         return read_checkpoint(path, load_file)
-    return read_checkpoint(path, lambda file: torch.load(file, map_location=map_location, weights_only=True))
+    return read_checkpoint(path, partial(torch.load, map_location=map_location, weights_only=True))
+
+
+def read_meta(filename: str) -> dict[str, Any]:
+    """Read what a checkpoint of mmengine says of its run, and not its tensors; {} where that is not possible."""
+    try:
+        verify_archive(filename, checksums=False)
+        meta = torch.load(filename, map_location="cpu", mmap=True, weights_only=True)["meta"]
+        return meta if isinstance(meta, dict) else {}
+    except Exception:  # loading it will say why
+        return {}
 
 
 @CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
@@ -98,18 +114,22 @@ def local_rank() -> int:
 
 
 def fetch(source: str) -> Path:
-    """Return the file of a path or a link; a link's file is kept in torch.hub's folder.
+    """Return the file of a path or a link. A link's file is kept in torch.hub's folder, in a folder for that link.
 
     Raises:
         InputError: The link cannot be fetched.
     """
     if not source.startswith(("http://", "https://")):
         return Path(source).expanduser()
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(source).path).name)
+    folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(source.encode()).hexdigest()[:16])
+    file = folder / (Path(urlparse(source).path).name or "checkpoint")
     try:
-        if local_rank() == 0 and not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
+        if local_rank() == 0 and not (file.exists() and _is_whole(file)):
+            folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source, str(file), progress=False)
+            if not _is_whole(file):
+                file.unlink()
+                raise InputError(f"cannot fetch {source}: what came is cut off, or no checkpoint")
     except (OSError, URLError) as error:
         raise InputError(f"cannot fetch {source}: {error}") from error
     finally:
@@ -117,6 +137,19 @@ def fetch(source: str) -> Path:
     if not file.exists():
         raise InputError(f"cannot fetch {source}")
     return file
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether a file is a checkpoint, and neither cut off nor damaged as far as its format can tell."""
+    try:
+        if begins_with(file, b"PK"):
+            verify_archive(file)
+        elif not begins_with(file, b"\x80"):  # torch's format before version 1.6
+            with safetensors.safe_open(file, framework="pt"):
+                pass
+    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError):
+        return False
+    return True
 
 
 def load_or_explain(model: nn.Module, entries: dict[str, Tensor], arch: str) -> str | None:
@@ -209,19 +242,34 @@ def unwrap(model: nn.Module) -> nn.Module:
 def latest_checkpoint(work_dir: Path) -> str | None:
     """Return the latest whole checkpoint of a run of mmengine, None if the run has none yet.
 
+    A later one that is damaged is renamed, so that it is not tried again.
+
     Raises:
         InputError: All checkpoints are broken.
     """
-    saved = sorted([*work_dir.glob("iter_*.pth"), *work_dir.glob("epoch_*.pth")], key=os.path.getmtime)
-    files = [str(file) for file in saved]
-    last = work_dir / "last_checkpoint"
-    if last.is_file():
-        files.append(last.read_text().strip())
-    for i, file in enumerate(reversed(files)):
-        if "://" in file or zipfile.is_zipfile(file):  # the end of a truncated file is missing, and with it the index
-            if i and local_rank() == 0:
-                print(f"{files[-1]} is cut off or missing: {file} is used instead", file=sys.stderr)
-            return file
-    if files:
-        raise InputError(f"no checkpoint of {work_dir} is whole, nor {files[-1]}: empty the folder to start again")
+    names = ("iter_*.pth", "epoch_*.pth", CHECKPOINT, PREVIOUS)
+    saved = {path: path.stat().st_mtime_ns for name in names for path in work_dir.glob(name) if path.is_file()}
+    files = sorted(saved, key=saved.get, reverse=True)
+    pointer = work_dir / "last_checkpoint"
+    last = pointer.read_text().strip() if pointer.is_file() else ""
+    if "://" in last:
+        return last
+    if last:
+        here = work_dir / Path(last).name  # the folder may have been moved
+        files.insert(0, here if here.is_file() else Path(last))
+    damaged = []
+    for file in dict.fromkeys(files):
+        try:
+            verify_archive(file)
+        except (OSError, InputError, zipfile.BadZipFile):
+            damaged.append(file)
+            continue
+        if damaged and is_primary():
+            print(f"{damaged[0]} is damaged or missing: {file} is used instead", file=sys.stderr)
+            for broken in damaged:
+                with suppress(OSError):
+                    broken.rename(broken.with_name(f"{broken.name}.damaged"))
+        return str(file)
+    if damaged:
+        raise InputError(f"no checkpoint of {work_dir} is whole, nor {damaged[0]}: empty the folder to start again")
     return None

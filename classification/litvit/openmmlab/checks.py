@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from PIL import Image
 from torch import nn
 
+from litvit.data.workers import reading
 from litvit.errors import InputError, is_from_user_code, one_line
 from litvit.openmmlab.annotations import some
 from litvit.openmmlab.errors import SampleError
@@ -330,6 +331,7 @@ class _Loading:
 
     def __call__(self, results: dict) -> dict:
         stated = results.get("height"), results.get("width")
+        reading(str(results.get("img_path", "")))
         try:
             results = self.step(results)
         except Exception as error:  # a broken file can raise nearly anything

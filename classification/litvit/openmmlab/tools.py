@@ -29,7 +29,7 @@ from litvit.errors import InputError, is_from_user_code, one_line
 from litvit.memory import keep_freed_memory
 from litvit.openmmlab.checkpoints import load_checkpoint_checked, local_rank
 from litvit.openmmlab.errors import SampleError
-from litvit.processes import EXIT_DIVERGED, EXIT_INPUT_ERROR, choose_device, tell_the_launcher
+from litvit.processes import EXIT_CTRL_C, EXIT_DIVERGED, EXIT_INPUT_ERROR, choose_device, tell_the_launcher
 from litvit.training.flags import TRACEBACK_HELP
 
 if TYPE_CHECKING:
@@ -51,7 +51,14 @@ _OLD_FLAGS = {
 }
 
 # Settings of a config that mmengine's Runner does not take as arguments.
-_MORE_SETTINGS = ("auto_scale_lr", "compile", "find_unused_parameters", "model_wrapper_cfg", "sync_bn")
+_MORE_SETTINGS = (
+    "auto_scale_lr",
+    "checkpoint_every",
+    "compile",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "sync_bn",
+)
 
 # Suffixes of images that keep their name for the drawing; others get .png behind it.
 _DRAWING_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -71,13 +78,15 @@ def run_tool(package: str, name: str) -> int:
         name: Name of the script, "train" or "test".
 
     Returns:
-        Exit status: 0, or EXIT_DIVERGED.
+        Exit status: 0, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_INPUT_ERROR for an input that a training could not read,
+        EXIT_CTRL_C.
 
     Raises:
         InputError: Wrong input. Of several processes on a machine the first one raises it, or the one that reads the
             wrong sample.
     """
     # Slow to import, and not needed by other callers.
+    from litvit.openmmlab.loops import Stopped
     from litvit.openmmlab.runner import TestRunner, TrainingRunner
     from litvit.training.step_guard import Diverged
 
@@ -112,6 +121,11 @@ def run_tool(package: str, name: str) -> int:
         status = EXIT_DIVERGED
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
+    except Stopped as stopped:
+        status = stopped.status
+    except KeyboardInterrupt:
+        status = EXIT_CTRL_C
+        print("interrupted", file=sys.stderr)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
         sys.stdout.flush()

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import textwrap
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from litvit.checkpoints import check_size, read_checkpoint
+from litvit.checkpoints import read_checkpoint, verify_archive
 from litvit.errors import InputError, printable
 from litvit.settings import setting
 
@@ -174,18 +173,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: a file that is missing, truncated, changed, holds code, or is not such a checkpoint.
     """
-    state = read_checkpoint(path, _read_checked)
+    state = read_checkpoint(path, partial(torch.load, map_location="cpu", weights_only=True))
     if not isinstance(state, dict) or "optimizer" not in state:
         raise InputError(f"{path} is not a full checkpoint of a run: weights alone go to --initial-checkpoint")
     return state
-
-
-def _read_checked(path: str) -> Any:
-    with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file, whose checksums torch.load does not check
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"checksum of {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
@@ -217,7 +208,7 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
         return {}
     if not str(path).endswith(".safetensors"):
         try:
-            check_size(path)
+            verify_archive(path, checksums=False)
             description = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["description"]
         except Exception:  # not a checkpoint of a run
             return {}

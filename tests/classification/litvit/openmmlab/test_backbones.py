@@ -4,10 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import mmdet.registry
 import mmseg.registry
@@ -24,7 +21,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from litvit.errors import InputError
-from litvit.openmmlab import load_from_url
 
 TINY = {
     "type": "LIT",
@@ -96,32 +92,6 @@ def test_imagenet_weights_load_and_norms_of_the_maps_keep_their_initial_values(p
     missing = MODELS.build({"type": "LIT", "init_cfg": {"type": "Pretrained", "checkpoint": str(tmp_path / "no.pth")}})
     with pytest.raises(InputError, match="no checkpoint at"):
         missing.init_weights()
-
-
-def fetch_it(rank, folder, link):
-    os.environ |= {"TORCH_HOME": str(folder), "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(load_from_url(link), folder / f"{rank}.pth")
-
-
-def test_one_of_two_processes_fetches_a_link(tmp_path):
-    (tmp_path / "www").mkdir()
-    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "www" / "w.pth")
-    asked = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            asked.append(args)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "www")) as server:
-        threading.Thread(target=server.serve_forever).start()
-        link = f"http://127.0.0.1:{server.server_port}/w.pth"
-        torch.multiprocessing.start_processes(fetch_it, (tmp_path, link), nprocs=2, start_method="fork")
-        server.shutdown()
-    assert len(asked) == 1
-    for rank in range(2):
-        read = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
-        assert torch.equal(read["state_dict"]["w"], torch.ones(2))
 
 
 class Call:
