@@ -104,7 +104,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Folder on PATH with the commands of a stand-in for Slurm (`slurm.py`). What is left of its jobs is killed."""
     folder = tmp_path / "slurm"
     folder.mkdir()
-    for command in ("sbatch", "srun", "scontrol", "scancel"):
+    for command in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
         (folder / command).symlink_to(Path(__file__).with_name("slurm.py"))
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_STAND_IN", str(folder))

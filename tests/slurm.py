@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""A stand-in for Slurm on one machine: run it under the name sbatch, srun, scontrol or scancel.
+"""A stand-in for Slurm on one machine: run it under the name sbatch, srun, squeue, scontrol or scancel.
 
 It does what the manual pages of Slurm say, and srun's source where they say nothing, as far as the scripts of this
 project rely on it. Jobs start at once. Nodes are addresses of the loopback interface. Slurm's requests are answered with
 an error where Slurm would answer with one, and options that are not known here are refused.
 
-The folder SLURM_STAND_IN holds the state: a folder per job, with the files `limit` (seconds), `requeue` (made by
-scontrol), `kind`, `script`, `shell` (its process id) and `steps/`. Processes belong to a job or step by their environment, as they do by
-their cgroup under Slurm.
+The folder SLURM_STAND_IN holds the state: a folder per job, with the files `kind`, `limit` (seconds), `script`, `shell`
+(its process id), `restarts` and `steps/`, the requests `cancel` and `requeue`, and `completing` while the job is ended.
+Processes belong to a job or step by their environment, as they do by their cgroup under Slurm. A signal reaches the
+script or the tasks alone, and with SIGNAL_CHILDREN=yes, as with SignalChildrenProcesses in cgroup.conf, all processes.
+SIGKILL always reaches all of them.
 """
 
 import getopt
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +84,25 @@ def send(pids: list[int], number: int) -> None:
             pass
 
 
+def send_to(job: str, step: str, number: int) -> None:
+    """Send a signal to a step, or to the step "batch"."""
+    if number == signal.SIGKILL or os.environ.get("SIGNAL_CHILDREN") == "yes":
+        send(processes(job, step), number)
+    elif step == "batch":
+        send([int((STATE / "jobs" / job / "shell").read_text())], number)
+    else:
+        send([int(task.name) for task in (STATE / "jobs" / job / "steps" / step).iterdir()], number)
+
+
+def send_to_all(job: str, number: int) -> None:
+    """Send a signal to the steps of a job, and to its batch script if it has one."""
+    batch = ["batch"] if (STATE / "jobs" / job / "shell").exists() else []
+    for step in [*batch, *steps_of(job)]:
+        send_to(job, step, number)
+
+
 def steps_of(job: str) -> list[str]:
+    """Numbers of the steps of a job."""
     return [step.name for step in (STATE / "jobs" / job / "steps").iterdir()]
 
 
@@ -96,7 +117,7 @@ def make_job(kind: str, options: dict[str, str]) -> Path:
         except FileExistsError:
             number += 1
     (job / "steps").mkdir()
-    (job / "kind").write_text("no requeue" if "no-requeue" in options else kind)
+    (job / "kind").write_text("not to be requeued" if "no-requeue" in options else kind)
     (job / "limit").write_text(str(seconds(options.get("time", "0"))))
     return job
 
@@ -157,15 +178,17 @@ class Clock:
             if self.to_shell:
                 send([shell] if shell else [], self.number)
             else:
-                send([pid for step in steps_of(self.job.name) for pid in processes(self.job.name, step)], self.number)
+                for step in steps_of(self.job.name):
+                    send_to(self.job.name, step, self.number)
             self.number = None
 
 
 def end_job(job: str, reason: str, output: int) -> None:
     """SIGTERM to all processes of a job, and SIGKILL after KILL_WAIT."""
-    os.write(output, f"slurmstepd: error: *** JOB {job} ON 127.0.0.1 CANCELLED DUE TO {reason} ***\n".encode())
-    send(processes(job), signal.SIGCONT)
-    send(processes(job), signal.SIGTERM)
+    (STATE / "jobs" / job / "completing").touch()
+    os.write(output, f"slurmstepd: error: *** JOB {job} ON 127.0.0.1 CANCELLED {reason} ***\n".encode())
+    send_to_all(job, signal.SIGCONT)
+    send_to_all(job, signal.SIGTERM)
     deadline = time.monotonic() + KILL_WAIT
     while time.monotonic() < deadline and processes(job):
         time.sleep(POLL)
@@ -177,8 +200,8 @@ def run_batch(job: Path, options: dict[str, str], arguments: list[str]) -> int:
     output = Path(options.get("output", "slurm-%j.out").replace("%j", job.name))
     flags = os.O_APPEND if options.get("open-mode") == "append" else os.O_TRUNC
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | flags | os.O_APPEND, 0o644)
-    for step in (job / "steps").iterdir():
-        step.rmdir()
+    shutil.rmtree(job / "steps")
+    (job / "steps").mkdir()
     clock = Clock(job, options.get("signal", ""))
     environment = os.environ | job_environment(job, options)
     if restarts := int((job / "restarts").read_text()):
@@ -194,10 +217,14 @@ def run_batch(job: Path, options: dict[str, str], arguments: list[str]) -> int:
     (job / "shell").write_text(str(script.pid))
     while script.poll() is None:
         clock.warn(script.pid)
-        for ended, reason in ((clock.left <= 0, "TIME LIMIT"), ((job / "requeue").exists(), "JOB REQUEUE")):
-            if ended and script.poll() is None:
-                end_job(job.name, reason, descriptor)
-                script.wait()
+        reasons = {
+            "DUE TO TIME LIMIT": clock.left <= 0,
+            "DUE TO JOB REQUEUE": (job / "requeue").exists(),
+            "": (job / "cancel").exists(),
+        }
+        if any(reasons.values()):
+            end_job(job.name, next(reason for reason, holds in reasons.items() if holds), descriptor)
+            script.wait()
         time.sleep(POLL)
     send(processes(job.name), signal.SIGKILL)  # the job ends with its script
     os.close(descriptor)
@@ -233,7 +260,8 @@ def sbatch() -> int:
             return status if status >= 0 else 128 - status
         time.sleep(REQUEUE_DELAY)
         (job / "restarts").write_text(str(int((job / "restarts").read_text()) + 1))
-        (job / "requeue").unlink()
+        for request in ("requeue", "completing", "cancel"):
+            (job / request).unlink(missing_ok=True)
 
 
 class Step:
@@ -278,7 +306,11 @@ class Step:
                 start_new_session=True,
                 preexec_fn=lambda mask=mask: self._begin_task(mask),
             )
-        (job / "steps" / self.number).mkdir()
+        step = job / "part"
+        step.mkdir()
+        for task in self.tasks.values():
+            (step / str(task.pid)).touch()
+        step.rename(job / "steps" / self.number)
 
     @staticmethod
     def _begin_task(mask: list[int]) -> None:
@@ -288,8 +320,8 @@ class Step:
             signal.signal(number, signal.SIG_DFL)
 
     def signal(self, number: int) -> None:
-        """Send a signal to all processes of the step."""
-        send(processes(self.job.name, self.number), number)
+        """Send a signal to the step."""
+        send_to(self.job.name, self.number, number)
 
     def answer(self, number: int) -> None:
         """Do what srun does when it gets a signal: it passes on SIGUSR1 and SIGUSR2 alone."""
@@ -312,10 +344,11 @@ class Step:
             if clock:
                 clock.warn(None)
                 if clock.left <= 0:
-                    end_job(self.job.name, "TIME LIMIT", sys.stderr.fileno())
+                    end_job(self.job.name, "DUE TO TIME LIMIT", sys.stderr.fileno())
             for rank, task in self.tasks.items():
                 if rank in statuses or task.poll() is None:
                     continue
+                (self.job / "steps" / self.number / str(task.pid)).unlink()
                 statuses[rank] = task.returncode if task.returncode >= 0 else 128 - task.returncode
                 first_end = first_end or time.monotonic()
                 if statuses[rank]:
@@ -357,10 +390,9 @@ def find_job(number: str) -> Path:
 def scontrol() -> int:
     action = sys.argv[1:]
     if action[0] == "show" and action[1] in ("hostname", "hostnames"):
-        for part in re.findall(r"[^,\[]+(?:\[[^\]]*\])?", action[2]):
-            match = re.fullmatch(r"(.*)\[(\d+)-(\d+)\]", part)
-            numbers = range(int(match[2]), int(match[3]) + 1) if match else ()
-            print(*([f"{match[1]}{number}" for number in numbers] if match else [part]), sep="\n")
+        match = re.fullmatch(r"(.*)\[(\d+)-(\d+)\]", action[2])
+        numbers = range(int(match[2]), int(match[3]) + 1) if match else ()
+        print("\n".join(f"{match[1]}{number}" for number in numbers) if match else action[2])
     elif action[0] == "requeue":
         job = find_job(action[1])
         if (job / "kind").read_text() != "batch":
@@ -380,23 +412,33 @@ def scontrol() -> int:
     return 0
 
 
+def squeue() -> int:
+    options, _ = parse(sys.argv[1:], "noheader jobs= format=")
+    if options.get("format") != "%T" or "noheader" not in options:
+        fail("only --noheader --format %T is known here")
+    print("COMPLETING" if (find_job(options["jobs"]) / "completing").exists() else "RUNNING")
+    return 0
+
+
 def scancel() -> int:
-    options, ids = parse(sys.argv[1:], "batch full signal=")
-    if "signal" not in options:
-        fail("only signals are known here")
+    options, ids = parse(sys.argv[1:], "batch signal=")
     for identifier in ids:
         number, _, step = identifier.partition(".")
         job = find_job(number)
+        if "signal" not in options:
+            (job / "cancel").touch()
+            continue
         sent = signal.Signals[f"SIG{options['signal'].removeprefix('SIG')}"]
         if "batch" in options:  # the shell alone
             send([int((job / "shell").read_text())], sent)
         elif step and step not in steps_of(job.name):
             fail(f"Kill job error on job step id {identifier}: Invalid job id specified")
-        else:  # without --full, the batch script gets none
-            parts = [None] if "full" in options else [step] if step else steps_of(job.name)
-            send([pid for part in parts for pid in processes(number, part)], sent)
+        else:
+            for part in [step] if step else steps_of(job.name):
+                send_to(number, part, sent)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "scancel": scancel}[Path(sys.argv[0]).name]())
+    commands = {"sbatch": sbatch, "srun": srun, "squeue": squeue, "scontrol": scontrol, "scancel": scancel}
+    sys.exit(commands[Path(sys.argv[0]).name]())
