@@ -6,7 +6,7 @@ if [[ $# -lt 4 ]]; then
     exit 2
 fi
 if [[ ! -f $here/slurm.sh ]]; then
-    echo "error: Slurm runs a copy of this script, without its folder: sbatch ... --wrap \"exec bash tools/slurm_test.sh ...\"" >&2
+    echo "error: Slurm runs a copy of this script alone: sbatch ... --wrap \"exec bash tools/slurm_test.sh ...\"" >&2
     exit 2
 fi
 exec bash "$here/slurm.sh" "$here/test.py" "$1" "$2" "$3" "$4" "${@:5}"

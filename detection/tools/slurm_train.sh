@@ -8,7 +8,7 @@ if [[ $# -lt 4 ]]; then
     exit 2
 fi
 if [[ ! -f $here/slurm.sh ]]; then
-    echo "error: Slurm runs a copy of this script, without its folder: sbatch ... --wrap \"exec bash tools/slurm_train.sh ...\"" >&2
+    echo "error: Slurm runs a copy of this script alone: sbatch ... --wrap \"exec bash tools/slurm_train.sh ...\"" >&2
     exit 2
 fi
 # A job that was queued again goes on, whatever its command says.
