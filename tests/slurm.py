@@ -2,8 +2,8 @@
 """A stand-in for Slurm on one machine: run it under the name sbatch, srun, squeue, scontrol or scancel.
 
 It does what the manual pages of Slurm say, and srun's source where they say nothing, as far as the scripts of this
-project rely on it. Jobs start at once. Nodes are addresses of the loopback interface. Slurm's requests are answered with
-an error where Slurm would answer with one, and options that are not known here are refused.
+project rely on it. Jobs start at once. Nodes are addresses of the loopback interface. Slurm's requests are answered
+with an error where Slurm would answer with one, and options that are not known here are refused.
 
 The folder SLURM_STAND_IN holds the state: a folder per job, with the files `kind`, `limit` (seconds), `script`, `shell`
 (its process id), `restarts` and `steps/`, the requests `cancel` and `requeue`, and `completing` while the job is ended.
@@ -12,6 +12,7 @@ script or the tasks alone, and with SIGNAL_CHILDREN=yes, as with SignalChildrenP
 SIGKILL always reaches all of them.
 """
 
+import contextlib
 import getopt
 import os
 import re
@@ -28,12 +29,12 @@ KILL_WAIT = 3  # seconds; Slurm's default is 30
 REQUEUE_DELAY = 1  # seconds; Slurm's is two minutes
 POLL = 0.05
 SBATCH_OPTIONS = (
-    "cpus-per-task= error= gpus-per-node= gres= job-name= nodes= no-requeue ntasks= ntasks-per-node= open-mode= output= "
-    "parsable partition= requeue signal= time= wait wrap="
+    "cpus-per-task= error= gpus-per-node= gres= job-name= nodes= no-requeue ntasks= ntasks-per-node= open-mode= "
+    "output= parsable partition= requeue signal= time= wait wrap="
 )
 SRUN_OPTIONS = (
-    "cpus-per-task= gpus-per-node= gres= job-name= kill-on-bad-exit= nodes= ntasks= ntasks-per-node= partition= signal= "
-    "time= wait="
+    "cpus-per-task= gpus-per-node= gres= job-name= kill-on-bad-exit= nodes= ntasks= ntasks-per-node= partition= "
+    "signal= time= wait="
 )
 
 
@@ -61,7 +62,7 @@ def seconds(text: str) -> float:
 
 
 def processes(job: str, step: str | None = None) -> list[int]:
-    """Process ids of a step; of step "batch", the script and its children; of all steps and the batch script if None."""
+    """Process ids of a step; of step "batch", the script and its children; of all steps and the script if None."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -78,10 +79,8 @@ def processes(job: str, step: str | None = None) -> list[int]:
 
 def send(pids: list[int], number: int) -> None:
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def send_to(job: str, step: str, number: int) -> None:
@@ -241,7 +240,8 @@ def sbatch() -> int:
         fail(f"Unable to open file {rest[0] if rest else ''}")
     if not script.startswith("#!"):
         fail(
-            "This does not look like a batch script.  The first line must start with #! followed by the path to an interpreter."
+            "This does not look like a batch script.  The first line must start with #! followed by the path to an "
+            "interpreter."
         )
     for line in script.splitlines():
         if line.strip() and not line.startswith("#"):
