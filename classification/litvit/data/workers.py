@@ -98,6 +98,9 @@ class WatchedLoader(DataLoader):
             except (RuntimeError, OSError, EOFError) as error:  # the last two if a process dies while it sends a batch
                 if "DataLoader timed out" not in str(error):
                     raise self._explained(error, batches) from error
+                pinning = getattr(batches, "_pin_memory_thread", None)
+                if pinning is not None and not pinning.is_alive():
+                    raise RuntimeError("the thread that pins memory has died") from None
                 if stop_signal() is not None:
                     for process in multiprocessing.active_children():
                         process.kill()  # it may hang in a read, and would be waited for when this process ends

@@ -332,7 +332,7 @@ class RunFolder:
 
     def _make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock_folder(self.path)
         text = yaml.safe_dump(self._settings, sort_keys=False, default_flow_style=None)
         replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
 
@@ -398,7 +398,7 @@ def check_same_run(folder: RunFolder, theirs: dict[str, Any], ours: dict[str, An
         )
 
 
-def _lock(folder: Path) -> IO:
+def lock_folder(folder: Path) -> IO:
     """Lock a folder until the file that is returned is closed or this process ends.
 
     Raises:
@@ -410,7 +410,7 @@ def _lock(folder: Path) -> IO:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         lock.close()
-        raise InputError(f"another process trains in {folder}: wait for it, or choose another --experiment") from error
+        raise InputError(f"another process trains in {folder}: wait for it, or choose another folder") from error
     except OSError:  # a file system without locks
         pass
     return lock
