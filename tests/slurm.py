@@ -443,4 +443,5 @@ def scancel() -> int:
 
 if __name__ == "__main__":
     commands = {"sbatch": sbatch, "srun": srun, "squeue": squeue, "scontrol": scontrol, "scancel": scancel}
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head reads one line
     sys.exit(commands[Path(sys.argv[0]).name]())

@@ -251,7 +251,9 @@ def latest_checkpoint(work_dir: Path) -> str | None:
     saved = {path: path.stat().st_mtime_ns for name in names for path in work_dir.glob(name) if path.is_file()}
     files = sorted(saved, key=saved.get, reverse=True)
     pointer = work_dir / "last_checkpoint"
-    last = pointer.read_text().strip() if pointer.is_file() else ""
+    last = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if not last.isprintable() or len(last) > 4096:  # damaged
+        last = ""
     if "://" in last:
         return last
     if last:
