@@ -22,24 +22,24 @@ if [[ ! -f $here/distributed_train.sh ]]; then
     echo "error: no distributed_train.sh in $here: submit from classification/, or set LIT_HOME to it" >&2
     exit 2
 fi
+source "$here/tools/common.sh"
 processes=${SLURM_GPUS_ON_NODE:-1}
 export NNODES=$SLURM_JOB_NUM_NODES
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 
-srun --kill-on-bad-exit=0 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' \
-    "$here/distributed_train.sh" "$processes" "$@" &
+# srun does not take the CPUs per task from the job.
+srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$here/distributed_train.sh" "$processes" "$@" &
 step=$!
-for signal in TERM USR1; do
-    trap "scancel --signal=USR1 $SLURM_JOB_ID.0" "$signal"
-done
-status=0
-while kill -0 "$step" 2>/dev/null; do # a trapped signal ends the wait, not the run
-    wait "$step" && status=0 || status=$?
-done
-if [[ $status -eq 75 ]]; then
-    echo "interrupted and saved: the job queues again"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+interrupt() { # again and again, as the step may not have begun
+    until scancel --signal=USR1 "$SLURM_JOB_ID.0" || ! kill -0 "$step" 2>/dev/null; do
+        sleep 1 || true
+    done
+}
+trap interrupt TERM USR1
+wait_for_step "$step"
+# 138: the signal ended the launcher before that listened.
+[[ $status -ne 75 && $status -ne 138 ]] || leave_interrupted ""
 exit "$status"

@@ -1,9 +1,11 @@
 """Fixtures that several test files share: a small real data set, a tiny LIT, and command lines run in this process."""
 
+import contextlib
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -77,6 +79,24 @@ def run_script() -> Callable[..., Outcome]:
     return lambda script, *arguments, **environment: forked.run_script(
         CLASSIFICATION / script, *arguments, **environment
     )
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folder on PATH with the commands of a stand-in for Slurm (`slurm.py`). What is left of its jobs is killed."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for command in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
+        (folder / command).symlink_to(Path(__file__).with_name("slurm.py"))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(folder))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield folder
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"SLURM_STAND_IN={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -77,9 +77,12 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
         raise InputError(f"no checkpoint at {path}")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty: fetch or save the checkpoint again")
-    check_size(path)
     try:
+        if begins_with(path, b"PK"):
+            verify_archive(path)
         return read(str(path))
+    except InputError:
+        raise
     # A broken file can make the readers raise nearly anything.
     except Exception as error:
         # torch says so of a class or function that is not on its list.
@@ -93,20 +96,42 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
         raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
 
 
-def check_size(path: str | Path) -> None:
-    """Raise InputError for an archive that unpacks to more than its own size. torch.save compresses nothing."""
+def begins_with(path: str | Path, start: bytes) -> bool:
+    """Return whether a file begins with these bytes: b"PK" for an archive of torch.save, or the beginning of one."""
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
+
+
+def verify_archive(path: str | Path, *, checksums: bool = True) -> None:
+    """Verify a file of torch.save, a zip file, before torch reads it. torch looks at neither checksums nor sizes.
+
+    Args:
+        path: Zip file.
+        checksums: Whether the whole file is read and compared with its checksums.
+
+    Raises:
+        zipfile.BadZipFile: The file is damaged, cut off, or no zip file.
+        InputError: It would unpack to more than its own size. torch.save compresses nothing.
+        OSError: It cannot be read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (OSError, zipfile.BadZipFile):  # of another format, or damaged, which reading it will say
-        return
-    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-    unpacked = sum(record.file_size for record in records)
-    if packed or unpacked > Path(path).stat().st_size:
+            unpacked = sum(record.file_size for record in records)
+            packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+            packed |= unpacked > Path(path).stat().st_size
+            damaged = archive.testzip() if checksums and not packed else None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can make zipfile raise nearly anything
+        raise zipfile.BadZipFile(str(error)) from error
+    if packed:
         raise InputError(
             f"{path} is a compressed archive of {unpacked / 2**20:.0f} MiB, and torch.save compresses nothing: save "
             "the checkpoint again"
         )
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"checksum of {damaged}")
 
 
 def read_state_dict(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:

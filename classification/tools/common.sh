@@ -64,10 +64,31 @@ run_workers() {
         wait "$torchrun" && status=0 || status=$?
         while [[ -n $stop ]] && kill -0 "$torchrun" 2>/dev/null; do # repeated: workers that start up do not listen yet
             pkill -TERM -P "$torchrun" || true
-            sleep 1
+            sleep 1 || true # Slurm's signals reach it too
         done
     done
     [[ -z $stop ]] || { wait "$torchrun" && status=0 || status=$?; }
     [[ ! -s $LITVIT_STATUS_FILE ]] || status=$(<"$LITVIT_STATUS_FILE")
     exit "$status"
+}
+
+# wait_for_step SRUN: waits for srun, by its process id, and sets `status` to its exit status.
+wait_for_step() {
+    while kill -0 "$1" 2>/dev/null; do # a trapped signal ends the wait, not the step
+        wait "$1" || true
+    done
+    wait "$1" && status=0 || status=$?
+}
+
+# leave_interrupted FLAGS: has a batch job queue itself again, and exits with 75. In other jobs it says that the same
+# command continues, with FLAGS. So it does in a job that was cancelled and is COMPLETING: queueing would bring it back.
+leave_interrupted() {
+    trap '' TERM INT USR1 HUP # queueing again ends what is left of the job
+    if [[ -n ${SLURM_JOB_ID:-} && $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]] &&
+        scontrol requeue "$SLURM_JOB_ID"; then
+        echo "interrupted: the job queues itself again"
+    else
+        echo "interrupted: the same command$1 continues"
+    fi
+    exit 75
 }

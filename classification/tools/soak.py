@@ -159,7 +159,11 @@ class Detection(Dense):
     """Mask R-CNN, in epochs."""
 
     task, base = "detection", "mask_rcnn_lit_ti_fpn_demo.py"
-    more = "train_cfg = dict(max_epochs={epochs}, val_interval=2)"
+    more = (
+        "train_cfg = dict(max_epochs={epochs}, val_interval=2)\n"
+        "val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')\n"
+        "test_evaluator = val_evaluator"
+    )
 
 
 class Segmentation(Dense):
@@ -224,7 +228,7 @@ def soak(task: Task, args: argparse.Namespace, rng: random.Random, seed: int) ->
     status, text, _ = send_signal(task.command("undisturbed"), 3600, signal.SIGKILL)
     seconds = time.monotonic() - start
     if status:
-        print(text)
+        print(text[-2000:])
         return 1
     print(f"undisturbed run: {seconds:.0f} s; seed of the moments {seed}", flush=True)
 
@@ -238,7 +242,7 @@ def soak(task: Task, args: argparse.Namespace, rng: random.Random, seed: int) ->
         if not hit:
             if status == 0:
                 break
-            print(text)
+            print(text[-2000:])
             return 1
         hits[f"{number.name} during {task.phase(text)}"] += 1
     for what, times in sorted(hits.items()):

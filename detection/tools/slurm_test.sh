@@ -5,4 +5,8 @@ if [[ $# -lt 4 ]]; then
     sed -n '2s/^# //p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
+if [[ ! -f $here/slurm.sh ]]; then
+    echo "error: Slurm runs a copy of this script alone: sbatch ... --wrap \"exec bash tools/slurm_test.sh ...\"" >&2
+    exit 2
+fi
 exec bash "$here/slurm.sh" "$here/test.py" "$1" "$2" "$3" "$4" "${@:5}"

@@ -1,5 +1,8 @@
 """A run of train.py with all its randomness, and what it comes to without any disturbance."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,14 @@ def undisturbed(digits, tmp_path_factory, random_flags):
     trainer = train.build_trainer(parse_config(flags))
     assert trainer.run() == 0
     return trainer.folder.path
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(digits, tmp_path_factory, random_flags):
+    """Folder of the run of `flags` by two processes without any disturbance."""
+    output = tmp_path_factory.mktemp("pair")
+    script = Path(train.__file__).with_name("distributed_train.sh")
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", script, "2", digits, *random_flags, "-b", "10", "--output", output, "--experiment", "run"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return output / "run"

@@ -51,16 +51,6 @@ def start_pair(*flags, **environment):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="session")
-def undisturbed_pair(digits, tmp_path_factory, random_flags):
-    """Folder of the run of `flags` by two processes without any disturbance."""
-    output = tmp_path_factory.mktemp("pair")
-    process = start_pair(str(digits), *random_flags, "--output", str(output), "--experiment", "run")
-    process.communicate()
-    assert process.returncode == 0
-    return output / "run"
-
-
 @pytest.fixture
 def launch(flags):
     """Start distributed_train.sh with two processes, and read its output to a line that holds a text."""

@@ -140,6 +140,20 @@ def test_a_training_that_is_interrupted_or_loses_its_data_is_saved(config, tmp_p
     assert (work_dir / "last_checkpoint").read_text() == str(work_dir / "last.pth")
 
 
+def test_two_tasks_of_slurm_train_and_test(config, slurm, tmp_path, monkeypatch):
+    """On the CPU, under a stand-in for Slurm."""
+    monkeypatch.setenv("GPUS", "2")
+    monkeypatch.setenv("CPUS_PER_TASK", "1")
+    done = run("slurm_train.sh", "partition", "name", config, tmp_path / "run")
+    assert done.status == 0, done.err
+    assert "Iter(train) [2/2]" in done.out
+    assert "Distributed training: True" in done.out
+    assert "GPU number: 2" in done.out
+    done = run("slurm_test.sh", "partition", "name", config, tmp_path / "run/iter_2.pth")
+    assert done.status == 0, done.err
+    assert done.out.count("mIoU:") == 1
+
+
 def test_a_trained_segmentor_of_other_classes_to_start_from(config, trained, tmp_path):
     """With --resume, as in a job that may be interrupted, while there is nothing to resume yet."""
     (tmp_path / "fifteen.py").write_text(FIFTEEN.format(config=config, checkpoint=trained / "iter_2.pth") + PRETRAINED)
@@ -565,4 +579,4 @@ def test_annotations_are_listed_by_folder(tmp_path, monkeypatch):
 
 def test_the_number_of_gpus_is_required(config):
     assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).err
-    assert "CONFIG CHECKPOINT GPUS" in run("dist_test.sh", config, "x.pth").stderr
+    assert "CONFIG CHECKPOINT GPUS" in run("dist_test.sh", config, "x.pth").err

@@ -27,6 +27,7 @@ WAIT_TOLD = 60.0  # seconds between warnings of a wait that lasts
 _NAME_BYTES = 1024
 _SHARED_MEMORY = "/dev/shm"
 
+_waiting = False  # whether this process waits for a batch
 _file_read: Array[c_char] | None = None  # in a loader process: memory that it shares with the trainer
 
 
@@ -82,22 +83,32 @@ class WatchedLoader(DataLoader):
         batches = super().__iter__()
         if not self.num_workers:
             return batches
-        if signal.getsignal(signal.SIGCHLD) is not handler:
-            # torch's handler would raise for a dead loader process in the middle of a step. The next wait finds it.
-            signal.signal(signal.SIGCHLD, handler)
+        raising = signal.getsignal(signal.SIGCHLD)
+        if raising is not handler:
+            # torch's handler raises for a dead loader process, which ends the read of a batch that has come in part. In
+            # the middle of a step it must not. The next wait looks first.
+            signal.signal(signal.SIGCHLD, partial(_raise_in_a_wait, raising))
         return self._watched(batches)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        global _waiting
         start = told = time.monotonic()
         while True:
             before = self._files()
             try:
+                _waiting = True
+                if any(process.exitcode for process in batches._workers):
+                    raise RuntimeError("a loader process has died")
                 batch = next(batches)
+                _waiting = False
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # the last two if a process dies while it sends a batch
                 if "DataLoader timed out" not in str(error):
                     raise self._explained(error, batches) from error
+                pinning = getattr(batches, "_pin_memory_thread", None)
+                if pinning is not None and not pinning.is_alive():
+                    raise RuntimeError("the thread that pins memory has died") from None
                 if stop_signal() is not None:
                     for process in multiprocessing.active_children():
                         process.kill()  # it may hang in a read, and would be waited for when this process ends
@@ -109,6 +120,8 @@ class WatchedLoader(DataLoader):
                     whom = f"the loader processes, which read {', '.join(files)}" if files else "the loader processes"
                     logger.warning("waiting for data for %.0f s: for %s", now - start, whom)
                 continue
+            finally:
+                _waiting = False
             yield batch
             start = told = time.monotonic()
 
@@ -147,6 +160,11 @@ def _shared_memory_is_full() -> str:
         f"the shared memory {_SHARED_MEMORY}{size} is full: make it larger (docker run --shm-size 8g), use fewer "
         "loader processes, or none"
     )
+
+
+def _raise_in_a_wait(raising: Callable[..., None], *args: Any) -> None:
+    if _waiting:
+        raising(*args)
 
 
 def _start_worker(files_read: list[Array], init: Callable[[int], None] | None, worker: int) -> None:

@@ -14,6 +14,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -29,11 +30,11 @@ from mmengine.runner import CheckpointLoader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from litvit.checkpoints import mismatch, read_checkpoint
+from litvit.checkpoints import begins_with, mismatch, read_checkpoint, verify_archive
 from litvit.errors import InputError
 from litvit.models import identify_model, translate_published
 from litvit.processes import is_primary
-from litvit.runs.folder import CHECKPOINT, PREVIOUS, verify_checksums
+from litvit.runs.folder import CHECKPOINT, PREVIOUS
 
 
 def _statistic(cls: type, name: str) -> Callable:
@@ -88,23 +89,13 @@ def load_from_file(filename: str, map_location: Any = None) -> dict:
     path = Path(filename).expanduser()
     if path.suffix == ".safetensors":
         return read_checkpoint(path, load_file)
-
-    def read(file: str) -> Any:
-        if _begins_with(file, b"PK"):
-            verify_checksums(file)
-        return torch.load(file, map_location=map_location, weights_only=True)
-
-    return read_checkpoint(path, read)
-
-
-def _begins_with(file: str | Path, start: bytes) -> bool:
-    with open(file, "rb") as opened:
-        return opened.read(len(start)) == start
+    return read_checkpoint(path, partial(torch.load, map_location=map_location, weights_only=True))
 
 
 def read_meta(filename: str) -> dict[str, Any]:
     """Read what a checkpoint of mmengine says of its run, and not its tensors; {} where that is not possible."""
     try:
+        verify_archive(filename, checksums=False)
         meta = torch.load(filename, map_location="cpu", mmap=True, weights_only=True)["meta"]
         return meta if isinstance(meta, dict) else {}
     except Exception:  # loading it will say why
@@ -151,11 +142,9 @@ def fetch(source: str) -> Path:
 def _is_whole(file: Path) -> bool:
     """Return whether a file is a checkpoint, and neither cut off nor damaged as far as its format can tell."""
     try:
-        if _begins_with(file, b"PK"):
-            verify_checksums(file)
-        elif _begins_with(file, b"\x80"):  # torch's format before version 1.6
-            return True
-        else:
+        if begins_with(file, b"PK"):
+            verify_archive(file)
+        elif not begins_with(file, b"\x80"):  # torch's format before version 1.6
             with safetensors.safe_open(file, framework="pt"):
                 pass
     except (OSError, zipfile.BadZipFile, safetensors.SafetensorError):
@@ -262,7 +251,9 @@ def latest_checkpoint(work_dir: Path) -> str | None:
     saved = {path: path.stat().st_mtime_ns for name in names for path in work_dir.glob(name) if path.is_file()}
     files = sorted(saved, key=saved.get, reverse=True)
     pointer = work_dir / "last_checkpoint"
-    last = pointer.read_text().strip() if pointer.is_file() else ""
+    last = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if not last.isprintable() or len(last) > 4096:  # damaged
+        last = ""
     if "://" in last:
         return last
     if last:
@@ -271,8 +262,8 @@ def latest_checkpoint(work_dir: Path) -> str | None:
     damaged = []
     for file in dict.fromkeys(files):
         try:
-            verify_checksums(file)
-        except (OSError, zipfile.BadZipFile):
+            verify_archive(file)
+        except (OSError, InputError, zipfile.BadZipFile):
             damaged.append(file)
             continue
         if damaged and is_primary():

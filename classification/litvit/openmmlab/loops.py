@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from litvit.errors import InputError, is_from_user_code
 from litvit.openmmlab.checkpoint_hook import NotSaved
 from litvit.openmmlab.errors import SampleError
 from litvit.processes import EXIT_INPUT_ERROR, EXIT_INTERRUPTED, Interrupted, Processes, StopSignals
-from litvit.runs.folder import CHECKPOINT, interval
+from litvit.runs.folder import CHECKPOINT, interval, lock_folder
 
 if TYPE_CHECKING:
     from litvit.openmmlab.runner import TrainingRunner
@@ -140,6 +141,19 @@ class Saver:
         self.signals = StopSignals()
         self.last_save, self.last_iteration = time.monotonic(), None
         self.validating = False
+        self._lock_folder()
+
+    def _lock_folder(self) -> None:
+        """Keep other runs from training in the folder. Raises InputError, in all processes, if one does."""
+        taken = []
+        if self.processes.primary:
+            try:
+                self.lock = lock_folder(Path(self.runner.work_dir))  # until this process ends
+            except InputError as error:
+                taken.append(str(error))
+        taken = self.processes.gather(taken)
+        if taken:
+            raise InputError(taken[0])
 
     def fetch(self, batches: Iterator[Any], number: int) -> list[Any]:
         """Return the next batches of this process, fewer at their end. All processes must call it.

@@ -206,6 +206,7 @@ class TrainingRunner(_Runner):
     required_prefix = "backbone."
     resume_latest = False
     validated_at: int | None = None
+    _folder_seen = False
     _guarded: Sequence[GuardedSteps] = ()
     _resumed: dict | None = None  # what the checkpoint says of the run
     _latest: tuple[Path, dict, Callable[[], None]] | None = None  # path, state, and a function that saves it again
@@ -308,6 +309,8 @@ class TrainingRunner(_Runner):
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
         hooks = self._hooks
+        if fn_name in ("after_train_iter", "after_val_iter") and is_main_process():
+            self._make_folders_again()
         if self.may_be_spoilt and fn_name in ("after_train_iter", "after_train_epoch"):
             # The hook would count a checkpoint that is not to be saved.
             self._hooks = [hook for hook in hooks if not isinstance(hook, CheckpointHook)]
@@ -317,6 +320,15 @@ class TrainingRunner(_Runner):
             self._hooks = hooks
         if fn_name == "after_val_epoch" and not any(isinstance(hook, CheckpointHook) for hook in hooks):
             self.validated_at = self.iter
+
+    def _make_folders_again(self) -> None:
+        """Make the folders of logs again if the run's folder was deleted: mmengine's loggers would end the run."""
+        folder = Path(self.log_dir, "vis_data")
+        if self._folder_seen and not folder.is_dir():
+            self.logger.warning(f"{self.work_dir} was deleted: it is made again, without its old files")
+            with suppress(OSError):
+                folder.mkdir(parents=True)
+        self._folder_seen = folder.is_dir()
 
     def train(self) -> nn.Module:
         """Train the model.

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from litvit.errors import InputError, is_from_user_code, one_line
 from litvit.memory import keep_freed_memory
 from litvit.openmmlab.checkpoints import load_checkpoint_checked, local_rank
 from litvit.openmmlab.errors import SampleError
-from litvit.processes import EXIT_CTRL_C, EXIT_DIVERGED, EXIT_INPUT_ERROR, choose_device, tell_the_launcher
+from litvit.processes import EXIT_CTRL_C, EXIT_DIVERGED, EXIT_INPUT_ERROR, LAUNCHER, choose_device, tell_the_launcher
 from litvit.training.flags import TRACEBACK_HELP
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def run_tool(package: str, name: str) -> int:
     from litvit.openmmlab.runner import TestRunner, TrainingRunner
     from litvit.training.step_guard import Diverged
 
+    if name == "test" and LAUNCHER in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launch script has it ignored until a training answers it
     rank = local_rank()  # mmdet's and mmseg's scripts set it to 0 where only Slurm has set it
     loaded = Event()
     status = 0

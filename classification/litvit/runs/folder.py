@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import textwrap
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from litvit.checkpoints import check_size, read_checkpoint
+from litvit.checkpoints import read_checkpoint, verify_archive
 from litvit.errors import InputError, printable
 from litvit.settings import setting
 
@@ -174,33 +173,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: a file that is missing, truncated, changed, holds code, or is not such a checkpoint.
     """
-    state = read_checkpoint(path, _read_checked)
+    state = read_checkpoint(path, partial(torch.load, map_location="cpu", weights_only=True))
     if not isinstance(state, dict) or "optimizer" not in state:
         raise InputError(f"{path} is not a full checkpoint of a run: weights alone go to --initial-checkpoint")
     return state
-
-
-def _read_checked(path: str) -> Any:
-    verify_checksums(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def verify_checksums(path: str | Path) -> None:
-    """Verify the checksums of a file of torch.save, a zip file. torch.load does not look at them.
-
-    Raises:
-        zipfile.BadZipFile: the file is damaged, cut off, or no zip file.
-        OSError: it cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except OSError:
-        raise
-    except Exception as error:  # a damaged header can make zipfile raise nearly anything
-        raise zipfile.BadZipFile(str(error)) from error
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"checksum of {damaged}")
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
@@ -232,7 +208,7 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
         return {}
     if not str(path).endswith(".safetensors"):
         try:
-            check_size(path)
+            verify_archive(path, checksums=False)
             description = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["description"]
         except Exception:  # not a checkpoint of a run
             return {}
@@ -356,7 +332,7 @@ class RunFolder:
 
     def _make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock_folder(self.path)
         text = yaml.safe_dump(self._settings, sort_keys=False, default_flow_style=None)
         replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
 
@@ -422,7 +398,7 @@ def check_same_run(folder: RunFolder, theirs: dict[str, Any], ours: dict[str, An
         )
 
 
-def _lock(folder: Path) -> IO:
+def lock_folder(folder: Path) -> IO:
     """Lock a folder until the file that is returned is closed or this process ends.
 
     Raises:
@@ -434,7 +410,7 @@ def _lock(folder: Path) -> IO:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         lock.close()
-        raise InputError(f"another process trains in {folder}: wait for it, or choose another --experiment") from error
+        raise InputError(f"another process trains in {folder}: wait for it, or choose another folder") from error
     except OSError:  # a file system without locks
         pass
     return lock

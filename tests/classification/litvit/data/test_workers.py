@@ -85,6 +85,19 @@ def test_a_killed_loader_process_is_found_by_the_wait_alone(num_workers):
         list(batches)
 
 
+def test_a_loader_process_that_is_killed_while_it_sends_a_batch():
+    """The pipe holds a part of the batch, and another process could still write to it."""
+    loaded = WatchedLoader(
+        Numbers(lambda: bytes(2**22)), batch_size=1, num_workers=2, collate_fn=lambda batch: bytes(2**22)
+    )
+    batches = iter(loaded)
+    time.sleep(3)  # both are in the midst of a batch, or wait for their turn
+    for process in torch.multiprocessing.active_children()[:1]:
+        process.kill()
+    with pytest.raises(DeadLoaderError, match="killed by SIGKILL"):
+        list(batches)
+
+
 def test_a_batch_for_which_shared_memory_has_no_room():
     with pytest.raises(InputError, match=r"the shared memory /dev/shm, of \d+ MiB, is full: .*--shm-size"):
         list(loader(Full))

@@ -5,6 +5,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 from itertools import count
 from pathlib import Path
 from typing import ClassVar
@@ -537,3 +539,16 @@ def test_two_processes_stop_and_continue_together(tmp_path):
     torch.multiprocessing.start_processes(one_of_two, (tmp_path, 29511, ends), nprocs=2, start_method="fork")
     assert_same(content(tmp_path / "run"), content(tmp_path / "whole"))
     assert_same(content(tmp_path / "iterations"), content(tmp_path / "whole iterations"))
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    code = "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{code}; print('locked', flush=True); input()", str(tmp_path / ".lock")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(
+        InputError, match=f"another process trains in {tmp_path}: wait for it, or choose another folder"
+    ):
+        train(tmp_path)
+    other.communicate("\n")
+    assert train(tmp_path) == 0
