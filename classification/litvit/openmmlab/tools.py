@@ -129,7 +129,7 @@ def run_tool(package: str, name: str) -> int:
     except KeyboardInterrupt:
         status = EXIT_CTRL_C
         print("interrupted", file=sys.stderr)
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+    if torch.distributed.is_initialized():  # beside NCCL there is a group of gloo, in which processes agree
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
