@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
     if not path.stat().st_size:
         raise InputError(f"{path} is empty: fetch or save the checkpoint again")
     try:
-        if begins_with(path, b"PK"):
+        if begins_with(path, b"PK\x03\x04"):
             verify_archive(path)
         return read(str(path))
     except InputError:
@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
 
 
 def begins_with(path: str | Path, start: bytes) -> bool:
-    """Return whether a file begins with these bytes: b"PK" for an archive of torch.save, or the beginning of one."""
+    """Return whether a file begins with these bytes. An archive of torch.save begins with PK, 3 and 4."""
     with open(path, "rb") as file:
         return file.read(len(start)) == start
 

@@ -45,7 +45,9 @@ def is_from_user_code(error: BaseException | None) -> bool:
     """
     imported = [os.path.dirname(sys.modules[name].__file__) for name in _FRAMEWORKS if name in sys.modules]
     frameworks = tuple(folder + os.sep for folder in imported)
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, SyntaxError) and error.filename and os.path.isfile(error.filename):
             return True  # of a module; mmengine names no file for a config
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]

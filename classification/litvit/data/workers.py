@@ -105,7 +105,10 @@ class WatchedLoader(DataLoader):
                 return
             except (RuntimeError, OSError, EOFError) as error:  # the last two if a process dies while it sends a batch
                 if "DataLoader timed out" not in str(error):
-                    raise self._explained(error, batches) from error
+                    explained = self._explained(error, batches)
+                    if explained is error:
+                        raise
+                    raise explained from error
                 pinning = getattr(batches, "_pin_memory_thread", None)
                 if pinning is not None and not pinning.is_alive():
                     raise RuntimeError("the thread that pins memory has died") from None
@@ -136,7 +139,7 @@ class WatchedLoader(DataLoader):
             for process in batches._workers:
                 process.join(1 if process.sentinel in ended else 0)  # it may not be quite dead yet
         dead = [(file, process.exitcode) for file, process in zip(self._files(), batches._workers, strict=True)]
-        dead = [(file, status) for file, status in dead if status is not None]
+        dead = [(file, status) for file, status in dead if status]
         full = "No space left on device" in message and re.search(r"shm|shared memory|torch_\d", message)
         if full or any(status == -signal.SIGBUS for _, status in dead):
             return InputError(_shared_memory_is_full())

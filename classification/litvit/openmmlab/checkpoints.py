@@ -142,7 +142,7 @@ def fetch(source: str) -> Path:
 def _is_whole(file: Path) -> bool:
     """Return whether a file is a checkpoint, and neither cut off nor damaged as far as its format can tell."""
     try:
-        if begins_with(file, b"PK"):
+        if begins_with(file, b"PK\x03\x04"):
             verify_archive(file)
         elif not begins_with(file, b"\x80"):  # torch's format before version 1.6
             with safetensors.safe_open(file, framework="pt"):

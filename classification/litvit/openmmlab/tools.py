@@ -129,8 +129,12 @@ def run_tool(package: str, name: str) -> int:
         if not _uses_gloo():
             raise
         print("interrupted", file=sys.stderr)
+<<<<<<< HEAD
         os._exit(tell_the_launcher(EXIT_CTRL_C) or 0)
     if _uses_gloo():
+=======
+    if torch.distributed.is_initialized():  # beside NCCL there is a group of gloo, in which processes agree
+>>>>>>> main
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

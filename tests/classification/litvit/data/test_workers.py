@@ -138,3 +138,13 @@ for _ in loader(Path({str(tmp_path / "pipe")!r}).read_text, num_workers=1):
     while (process := Path(f"/proc/{child}/stat")).exists() and process.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def fail():
+    raise RuntimeError("of a data set")
+
+
+def test_an_error_of_a_loader_process_is_its_own_cause_of_nothing():
+    with pytest.raises(RuntimeError, match="of a data set") as raised:
+        list(loader(fail))
+    assert raised.value.__cause__ is not raised.value
