@@ -126,25 +126,17 @@ def run_tool(package: str, name: str) -> int:
     except Stopped as stopped:
         status = stopped.status
     except KeyboardInterrupt:
-        if not _uses_gloo():
+        if not torch.distributed.is_initialized():
             raise
-        print("interrupted", file=sys.stderr)
-<<<<<<< HEAD
-        os._exit(tell_the_launcher(EXIT_CTRL_C) or 0)
-    if _uses_gloo():
-=======
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(tell_the_launcher(EXIT_CTRL_C) or 0)  # without waiting for the others, or for hanging loaders
     if torch.distributed.is_initialized():  # beside NCCL there is a group of gloo, in which processes agree
->>>>>>> main
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         # gloo's threads may abort an interpreter that takes its time to end.
         os._exit(tell_the_launcher(status) or 0)
     return status
-
-
-def _uses_gloo() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo"
 
 
 class _ScriptParser(cli.ArgumentParser):

@@ -376,7 +376,7 @@ def test_a_full_disk_deletes_nothing(disk, undisturbed, tmp_path):
     assert train(tmp_path, actions, **SEED, **hooks, checkpoint_every=2) == 0
     assert "epoch_1.pth" in files
     assert "best_sum_epoch_1.pth" in files
-    assert not [name for name in files if name.startswith(".") or "epoch_2" in name]
+    assert not [name for name in files if name.endswith(".tmp") or "epoch_2" in name]
     assert_same(content(tmp_path), undisturbed())
     names = sorted(path.name for path in tmp_path.glob("*.pth"))
     assert names == sorted(path.name for path in (tmp_path / "whole").glob("*.pth"))
