@@ -5,7 +5,7 @@
 # segmentation/ call this one.
 # Several nodes: run it on each, with NNODES, NODE_RANK (0 ...), MASTER_ADDR and MASTER_PORT or PORT (29500) set.
 # PYTHON names the interpreter; default: the active environment's, else the project's .venv.
-# With --resume, workers that fail are restarted, MAX_RESTARTS (3) times, and continue.
+# With --resume and no file, workers that fail are restarted, MAX_RESTARTS (3) times, and continue.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -17,8 +17,8 @@ shift 2
 [[ $processes =~ ^[1-9][0-9]*$ ]] ||
     fail "'$processes' is no number of GPUs: dist_train.sh CONFIG GPUS, dist_test.sh CONFIG CHECKPOINT GPUS"
 
-restarts=0
-[[ " $* " != *" --resume "* && " $* " != *" --resume="* ]] || restarts=${MAX_RESTARTS:-3}
+restarts=0 # a checkpoint that is named would be resumed again and again
+[[ ! "$* " =~ \ --resume(=auto\ |\ auto\ |\ -|\ $) ]] || restarts=${MAX_RESTARTS:-3}
 share_cores "$processes"
 remember_signals
 run_workers "$processes" "$restarts" "$script" "$@" --launcher pytorch

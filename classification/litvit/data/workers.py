@@ -58,7 +58,8 @@ class WatchedLoader(DataLoader):
     - `DeadLoaderError` if a loader process was killed,
     - `InputError` if batches do not fit into shared memory.
 
-    It warns every minute that it waits. The warning names the files that loader processes told of by `reading`.
+    It warns every minute that it waits. The warning names the files that loader processes told of by `reading`. A
+    `timeout` of the DataLoader is kept.
     """
 
     def __init__(self, *args, **kwargs):
@@ -74,15 +75,17 @@ class WatchedLoader(DataLoader):
         return loader
 
     def _watch(self) -> None:
-        self.timeout = 1 if self.num_workers else 0  # seconds, after which `_watched` looks around
         self._files_read = [RawArray(c_char, _NAME_BYTES) for _ in range(self.num_workers)]
         self.worker_init_fn = partial(_start_worker, self._files_read, self.worker_init_fn)
 
     def __iter__(self) -> Iterator[Any]:
         handler = signal.getsignal(signal.SIGCHLD)
+        if self._iterator is not None:
+            self._iterator._timeout = self.timeout  # its processes begin the epoch, which may take a while
         batches = super().__iter__()
         if not self.num_workers:
             return batches
+        batches._timeout = 1  # seconds, after which `_watched` looks around
         raising = signal.getsignal(signal.SIGCHLD)
         if raising is not handler:
             # torch's handler raises for a dead loader process, which ends the read of a batch that has come in part. In
@@ -91,16 +94,11 @@ class WatchedLoader(DataLoader):
         return self._watched(batches)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        global _waiting
         start = told = time.monotonic()
         while True:
             before = self._files()
             try:
-                _waiting = True
-                if any(process.exitcode for process in batches._workers):
-                    raise RuntimeError("a loader process has died")
-                batch = next(batches)
-                _waiting = False
+                batch = _next(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # the last two if a process dies while it sends a batch
@@ -113,18 +111,18 @@ class WatchedLoader(DataLoader):
                 if pinning is not None and not pinning.is_alive():
                     raise RuntimeError("the thread that pins memory has died") from None
                 if stop_signal() is not None:
-                    for process in multiprocessing.active_children():
+                    for process in batches._workers:
                         process.kill()  # it may hang in a read, and would be waited for when this process ends
                     raise NoBatch from None
                 now = time.monotonic()
+                if 0 < self.timeout <= now - start:
+                    raise
                 if now - told > WAIT_TOLD:
                     told = now
                     files = [name for name, last in zip(self._files(), before, strict=True) if name and name == last]
                     whom = f"the loader processes, which read {', '.join(files)}" if files else "the loader processes"
                     logger.warning("waiting for data for %.0f s: for %s", now - start, whom)
                 continue
-            finally:
-                _waiting = False
             yield batch
             start = told = time.monotonic()
 
@@ -163,6 +161,17 @@ def _shared_memory_is_full() -> str:
         f"the shared memory {_SHARED_MEMORY}{size} is full: make it larger (docker run --shm-size 8g), use fewer "
         "loader processes, or none"
     )
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    global _waiting
+    _waiting = True
+    try:
+        if any(process.exitcode for process in batches._workers):
+            raise RuntimeError("a loader process has died")
+        return next(batches)
+    finally:
+        _waiting = False
 
 
 def _raise_in_a_wait(raising: Callable[..., None], *args: Any) -> None:

@@ -48,14 +48,18 @@ class SavesFirst(CheckpointHook):
         if isinstance(getattr(self, "file_backend", None), _Removals):
             self.file_backend.carry_out(but=path)
             self._remember(runner)
+            self._has_saved = True
 
     @contextmanager
     def _saving(self, runner: Runner) -> Iterator[None]:
         backend = self.file_backend
         self.file_backend = _Removals(backend)
+        self._has_saved = False
         self._remember(runner)
         try:
             yield
+            if self._has_saved:
+                runner.point_to_latest()
         except (NotSaved, OSError) as error:
             vars(self).update(self._attributes)
             runner.message_hub.runtime_info.clear()

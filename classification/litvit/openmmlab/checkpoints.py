@@ -248,28 +248,28 @@ def latest_checkpoint(work_dir: Path) -> str | None:
         InputError: All checkpoints are broken.
     """
     names = ("iter_*.pth", "epoch_*.pth", CHECKPOINT, PREVIOUS)
-    saved = {path: path.stat().st_mtime_ns for name in names for path in work_dir.glob(name) if path.is_file()}
+    saved = {}
+    for path in (path for name in names for path in work_dir.glob(name)):
+        with suppress(OSError):  # another process has renamed it
+            saved[path] = path.stat().st_mtime_ns
     files = sorted(saved, key=saved.get, reverse=True)
-    pointer = work_dir / "last_checkpoint"
-    last = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    if not last.isprintable() or len(last) > 4096:  # damaged
-        last = ""
-    if "://" in last:
-        return last
-    if last:
+    with suppress(OSError, ValueError):  # no file yet, or one that is damaged
+        last = Path(work_dir, "last_checkpoint").read_text().strip()
+        if "://" in last:
+            return last
         here = work_dir / Path(last).name  # the folder may have been moved
         files.insert(0, here if here.is_file() else Path(last))
     damaged = []
     for file in dict.fromkeys(files):
         try:
             verify_archive(file)
-        except (OSError, InputError, zipfile.BadZipFile):
+        except (OSError, ValueError, zipfile.BadZipFile):  # ValueError: InputError, or a name that is none
             damaged.append(file)
             continue
         if damaged and is_primary():
             print(f"{damaged[0]} is damaged or missing: {file} is used instead", file=sys.stderr)
             for broken in damaged:
-                with suppress(OSError):
+                with suppress(OSError, ValueError):
                     broken.rename(broken.with_name(f"{broken.name}.damaged"))
         return str(file)
     if damaged:

@@ -34,7 +34,7 @@ from litvit.processes import EXIT_CTRL_C, EXIT_DIVERGED, EXIT_INPUT_ERROR, LAUNC
 from litvit.training.flags import TRACEBACK_HELP
 
 if TYPE_CHECKING:
-    from litvit.openmmlab.runner import TrainingRunner
+    from litvit.openmmlab.training_runner import TrainingRunner
 
 # Flags of mmdet 2 and mmseg 0.x that the papers' commands use.
 _OLD_FLAGS = {
@@ -86,8 +86,9 @@ def run_tool(package: str, name: str) -> int:
             wrong sample.
     """
     # Slow to import, and not needed by other callers.
-    from litvit.openmmlab.loops import Stopped
-    from litvit.openmmlab.runner import TestRunner, TrainingRunner
+    from litvit.openmmlab.runner import TestRunner
+    from litvit.openmmlab.saver import Stopped
+    from litvit.openmmlab.training_runner import TrainingRunner
     from litvit.training.step_guard import Diverged
 
     if name == "test" and LAUNCHER in os.environ:

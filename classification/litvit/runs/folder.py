@@ -241,6 +241,13 @@ def resumed_folder(resume: str) -> Path:
     return folder
 
 
+class _WithoutAliases(yaml.SafeDumper):
+    """A dumper that writes a list again where two settings have the same one: recipes have no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run: its settings or a checkpoint."""
     return any((folder / name).is_file() for name in (SETTINGS, CHECKPOINT, PREVIOUS))
@@ -333,7 +340,7 @@ class RunFolder:
     def _make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.path)
-        text = yaml.safe_dump(self._settings, sort_keys=False, default_flow_style=None)
+        text = yaml.dump(self._settings, Dumper=_WithoutAliases, sort_keys=False, default_flow_style=None)
         replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
 
     def close(self) -> None:
@@ -358,8 +365,14 @@ class RunFolder:
         return self._write(save_weights, self.path / BEST_WEIGHTS, weights, description)
 
     def has_best(self) -> bool:
-        """Whether there are best weights."""
-        return (self.path / BEST_WEIGHTS).is_file()
+        """Whether there are best weights, as far as the disk answers."""
+        try:
+            os.stat(self.path / BEST_WEIGHTS)
+        except FileNotFoundError:
+            return False
+        except OSError:  # a mount that is away for a while
+            pass
+        return True
 
     def _write(self, write: Callable[..., None], *args: Any) -> bool:
         if not self.primary:
@@ -372,7 +385,7 @@ class RunFolder:
                 logger.warning("%s was deleted: it is made again, without its old files", self)
             write(*args)
             return True
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        except (OSError, RuntimeError, safetensors.SafetensorError, InputError) as error:
             reason = str(error).strip().splitlines()[0]
             logger.warning("cannot save in %s (%s): the run goes on, the next save tries again", self, reason)
             return False

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -26,6 +25,7 @@ from litvit.data.streams import ImageStream
 from litvit.data.workers import NoBatch
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
+from litvit.runs.best_weights import BestWeights
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
@@ -79,8 +79,8 @@ class Trainer:
         self.progress = Progress(torch.zeros((), device=self.processes.device))
         sizes = self.steps_per_epoch, self.total_batch
         self.saver = Saver(self.folder, self.processes, self.progress, *sizes, self.state_dict)
+        self.best = BestWeights(self.folder, self.progress)
         self.saved = True
-        self.unsaved_best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # weights and their description
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on. Weights have timm's names: timm loads the file too."""
@@ -169,16 +169,8 @@ class Trainer:
         if status == 0 and primary and not self.saved:
             status = EXIT_INTERRUPTED
             logger.error("the run has ended, but its end is NOT saved: make room in %s and run it again", self.folder)
-        elif status == 0 and self.unsaved_best:
+        elif primary and not self.best.report(ended=status == 0) and status == 0:
             status = EXIT_INTERRUPTED
-            epoch, top1 = (self.unsaved_best[1][name] for name in ("epoch", "top1"))
-            logger.error("the run has ended, but its best weights, of epoch %d, top1 %.2f, are NOT saved", epoch, top1)
-        elif status == 0 and self.progress.best_top1 < 0:
-            logger.info("the run has ended: no validation was finite, so %s has no best weights", self.folder)
-        elif status == 0 and not self.folder.has_best():
-            logger.info("the run has ended: its best weights are gone, and %s holds the last ones alone", self.folder)
-        elif status == 0:
-            logger.info("the run has ended: best top1 %.2f; it is in %s", self.progress.best_top1, self.folder)
         if self.processes.distributed:
             torch.distributed.destroy_process_group()
         return status
@@ -192,36 +184,11 @@ class Trainer:
         progress.end_epoch()
         self._set_learning_rate()
         if self.processes.primary:
-            self._keep_best(metrics)
+            weights = get_state_dict(self.task.get_eval_model(ema=self.task.has_ema()), unwrap_model)
+            self.best.offer(weights, metrics, self.description)
         train_metrics = {"loss": loss, "images_per_second": speed}
         report.epoch(progress.epoch - 1, progress.step, train_metrics, metrics, lr, progress.best_top1)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
-
-    def _keep_best(self, metrics: dict[str, float]) -> None:
-        """Save the weights if they are the best, or else the best ones that could not be saved before."""
-        progress, folder = self.progress, self.folder
-        if progress.best_top1 >= 0 and not folder.has_best():
-            logger.warning("%s has lost its best weights: the best from now on take their place", folder)
-            progress.best_top1 = -1.0
-        weights = get_state_dict(self.task.get_eval_model(ema=self.task.has_ema()), unwrap_model)
-        finite = all(math.isfinite(metrics[name]) for name in ("loss", "top1"))
-        if not finite or not all(value.isfinite().all() for value in weights.values()):
-            logger.warning(
-                "epoch %d: not a candidate for the best weights, %s not finite (loss %.4f, top1 %.2f)",
-                progress.epoch,
-                "its weights are" if finite else "its validation is",
-                metrics["loss"],
-                metrics["top1"],
-            )
-        elif metrics["top1"] > (self.unsaved_best[1]["top1"] if self.unsaved_best else progress.best_top1):
-            self.unsaved_best = weights, {**self.description, "top1": metrics["top1"], "epoch": progress.epoch}
-        if self.unsaved_best is None:
-            return
-        weights, description = self.unsaved_best
-        if folder.save_best(weights, description):
-            progress.best_top1, self.unsaved_best = description["top1"], None
-        else:
-            self.unsaved_best = {name: value.detach().cpu().clone() for name, value in weights.items()}, description
 
     def train_epoch(self, report: Report) -> float:
         """Train the rest of an epoch.
@@ -328,7 +295,8 @@ class Trainer:
         try:
             metrics = evaluate(model, self.val_batches, self.processes, self.autocast, iterate=agreed)
         except InputError:
-            self.saver.save()  # the epoch is trained, and continues with its validation
+            if self.saver.last_step < self.progress.step:
+                self.saver.save()  # the epoch is trained, and continues with its validation
             raise
         del metrics["images"]  # the same in every epoch
         return metrics

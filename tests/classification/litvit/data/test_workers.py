@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from litvit.data import workers
 from litvit.data.workers import DeadLoaderError, NoBatch, WatchedLoader, reading
@@ -72,6 +72,30 @@ def test_a_wait_is_told_and_answers_a_signal(tmp_path, monkeypatch, caplog):
         assert time.monotonic() - start < 15
         timer.join()
     assert "waiting for data for 2 s: for the loader processes, which read image 6" in caplog.messages
+
+
+def test_a_slow_start_of_an_epoch():
+    """Processes that stay take a second or two to begin the next epoch. An own timeout is kept."""
+    batches = loader(lambda: time.sleep(2) or torch.tensor(6), persistent_workers=True)
+    next(iter(batches))  # left with batches under way
+    assert len(list(batches)) == 6
+    with pytest.raises(RuntimeError, match="timed out"):
+        list(loader(lambda: time.sleep(60), timeout=2))
+
+
+class Stream(IterableDataset):
+    """A number in the first loader process, which then ends, and an error in the second."""
+
+    def __iter__(self):
+        if torch.utils.data.get_worker_info().id:
+            time.sleep(1)
+            raise RuntimeError("of a data set")
+        yield 1
+
+
+def test_a_loader_process_that_has_ended_is_not_dead():
+    with pytest.raises(RuntimeError, match="of a data set"):
+        list(WatchedLoader(Stream(), num_workers=2))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
