@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
+import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
@@ -79,18 +80,17 @@ class WatchedLoader(DataLoader):
         self.worker_init_fn = partial(_start_worker, self._files_read, self.worker_init_fn)
 
     def __iter__(self) -> Iterator[Any]:
-        handler = signal.getsignal(signal.SIGCHLD)
         if self._iterator is not None:
             self._iterator._timeout = self.timeout  # its processes begin the epoch, which may take a while
         batches = super().__iter__()
         if not self.num_workers:
             return batches
         batches._timeout = 1  # seconds, after which `_watched` looks around
-        raising = signal.getsignal(signal.SIGCHLD)
-        if raising is not handler:
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "") == torch.utils.data._utils.signal_handling.__name__:
             # torch's handler raises for a dead loader process, which ends the read of a batch that has come in part. In
             # the middle of a step it must not. The next wait looks first.
-            signal.signal(signal.SIGCHLD, partial(_raise_in_a_wait, raising))
+            signal.signal(signal.SIGCHLD, partial(_raise_in_a_wait, handler))
         return self._watched(batches)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -136,18 +136,26 @@ class WatchedLoader(DataLoader):
             ended = multiprocessing.connection.wait([process.sentinel for process in batches._workers], timeout=1)
             for process in batches._workers:
                 process.join(1 if process.sentinel in ended else 0)  # it may not be quite dead yet
-        dead = [(file, process.exitcode) for file, process in zip(self._files(), batches._workers, strict=True)]
-        dead = [(file, status) for file, status in dead if status]
+        # A signal handler may have taken the status of a process that torch names.
+        named = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)", message)
+        pids = named[1].split(", ") if named else ()
+        dead = [
+            (file, process.exitcode)
+            for file, process in zip(self._files(), batches._workers, strict=True)
+            if process.exitcode or str(process.pid) in pids
+        ]
         full = "No space left on device" in message and re.search(r"shm|shared memory|torch_\d", message)
-        if full or any(status == -signal.SIGBUS for _, status in dead):
+        if full or "Bus error" in message or any(status == -signal.SIGBUS for _, status in dead):
             return InputError(_shared_memory_is_full())
         if not dead:
             return error
-        told = [
-            (f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}")
-            + (f" while it read {file}" if file else "")
-            for file, status in dead
-        ]
+        told = []
+        for file, status in dead:
+            if status and status > 0:
+                end = f"ended with status {status}"
+            else:
+                end = f"was killed by {signal.Signals(-status).name}" if status else "was killed"
+            told.append(f"{end} while it read {file}" if file else end)
         return DeadLoaderError(
             f"a loader process {'; another '.join(told)}: if memory is short, use fewer loader processes"
         )
@@ -175,8 +183,13 @@ def _next(batches: Iterator[Any]) -> Any:
 
 
 def _raise_in_a_wait(raising: Callable[..., None], *args: Any) -> None:
-    if _waiting:
+    global _waiting
+    try:
         raising(*args)
+    except RuntimeError:
+        if _waiting:
+            _waiting = False  # the wait is over, and what follows is not to be disturbed
+            raise
 
 
 def _start_worker(files_read: list[Array], init: Callable[[int], None] | None, worker: int) -> None:

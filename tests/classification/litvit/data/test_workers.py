@@ -101,11 +101,11 @@ def test_a_loader_process_that_has_ended_is_not_dead():
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_killed_loader_process_is_found_by_the_wait_alone(num_workers):
     """It names what was read. torch's handler would raise wherever the program is."""
+    list(DataLoader(Numbers(lambda: torch.tensor(6)), num_workers=1))  # has torch's handler set already
     batches = iter(loader(die, num_workers))
-    next(batches)
-    for _ in range(30):
-        time.sleep(0.1)  # the process is dead by now
-    with pytest.raises(DeadLoaderError, match="a loader process was killed by SIGKILL while it read image 6: "):
+    with pytest.raises(DeadLoaderError, match="a loader process was killed( by SIGKILL)? while it read image 6: "):
+        next(batches)  # it may be dead already
+        time.sleep(3)  # it is by now
         list(batches)
 
 
@@ -118,7 +118,7 @@ def test_a_loader_process_that_is_killed_while_it_sends_a_batch():
     time.sleep(3)  # both are in the midst of a batch, or wait for their turn
     for process in torch.multiprocessing.active_children()[:1]:
         process.kill()
-    with pytest.raises(DeadLoaderError, match="killed by SIGKILL"):
+    with pytest.raises(DeadLoaderError, match="a loader process was killed"):
         list(batches)
 
 
