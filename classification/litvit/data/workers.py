@@ -28,7 +28,9 @@ WAIT_TOLD = 60.0  # seconds between warnings of a wait that lasts
 _NAME_BYTES = 1024
 _SHARED_MEMORY = "/dev/shm"
 
-_waiting = False  # whether this process waits for a batch
+# How torch names processes that have died.
+_DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)")
+_waited_for: frozenset[str] = frozenset()  # pids of the loader processes that this process waits for
 _file_read: Array[c_char] | None = None  # in a loader process: memory that it shares with the trainer
 
 
@@ -137,8 +139,7 @@ class WatchedLoader(DataLoader):
             for process in batches._workers:
                 process.join(1 if process.sentinel in ended else 0)  # it may not be quite dead yet
         # A signal handler may have taken the status of a process that torch names.
-        named = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited|is killed)", message)
-        pids = named[1].split(", ") if named else ()
+        pids = _named_dead(error)
         dead = [
             (file, process.exitcode)
             for file, process in zip(self._files(), batches._workers, strict=True)
@@ -172,24 +173,32 @@ def _shared_memory_is_full() -> str:
 
 
 def _next(batches: Iterator[Any]) -> Any:
-    global _waiting
-    _waiting = True
+    global _waited_for
+    _waited_for = frozenset(str(process.pid) for process in batches._workers)
     try:
         if any(process.exitcode for process in batches._workers):
             raise RuntimeError("a loader process has died")
         return next(batches)
     finally:
-        _waiting = False
+        _waited_for = frozenset()
+
+
+def _named_dead(error: Exception) -> list[str]:
+    """Return the pids of the dead loader processes that an error of torch names."""
+    named = _DEAD.search(str(error))
+    return named[1].split(", ") if named else []
 
 
 def _raise_in_a_wait(raising: Callable[..., None], *args: Any) -> None:
-    global _waiting
+    global _waited_for
     try:
         raising(*args)
-    except RuntimeError:
-        if _waiting:
-            _waiting = False  # the wait is over, and what follows is not to be disturbed
+    except RuntimeError as error:
+        dead = _named_dead(error)
+        if _waited_for.intersection(dead) or not dead:
+            _waited_for = frozenset()  # the wait is over, and what follows is not to be disturbed
             raise
+        _raise_in_a_wait(raising, *args)  # a process of another loader. torch has forgotten it, and may know of more.
 
 
 def _start_worker(files_read: list[Array], init: Callable[[int], None] | None, worker: int) -> None:

@@ -114,12 +114,26 @@ def test_a_loader_process_that_is_killed_while_it_sends_a_batch():
     loaded = WatchedLoader(
         Numbers(lambda: bytes(2**22)), batch_size=1, num_workers=2, collate_fn=lambda batch: bytes(2**22)
     )
+    others = torch.multiprocessing.active_children()  # of loaders that are not collected yet
     batches = iter(loaded)
     time.sleep(3)  # both are in the midst of a batch, or wait for their turn
-    for process in torch.multiprocessing.active_children()[:1]:
-        process.kill()
+    next(process for process in torch.multiprocessing.active_children() if process not in others).kill()
     with pytest.raises(DeadLoaderError, match="a loader process was killed"):
         list(batches)
+
+
+def test_a_dead_process_of_another_loader():
+    """It is the other loader's to tell, where its batches are waited for."""
+    older = torch.multiprocessing.active_children()
+    other = iter(loader(lambda: time.sleep(60), num_workers=1))
+    next(other)
+    (process,) = (child for child in torch.multiprocessing.active_children() if child not in older)
+    timer = threading.Timer(1, process.kill)
+    timer.start()
+    assert len([*loader(lambda: time.sleep(3) or torch.tensor(6))]) == 6
+    timer.join()
+    with pytest.raises(DeadLoaderError, match="a loader process was killed"):
+        list(other)
 
 
 def test_a_batch_for_which_shared_memory_has_no_room():
