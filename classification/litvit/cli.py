@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from timm.models import is_model, list_models
 
 from litvit.errors import InputError
-from litvit.processes import EXIT_CTRL_C, EXIT_INPUT_ERROR, follow_the_launcher, tell_the_launcher
+from litvit.processes import EXIT_CTRL_C, EXIT_INPUT_ERROR, follow_the_launcher, leave, tell_the_launcher
 
 TRACEBACK = "LIT_TRACEBACK"
 
@@ -80,7 +80,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
             stream.flush()
         except OSError:  # a terminal that was closed: Python would exit with another status
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(tell_the_launcher(status))
+    leave(tell_the_launcher(status))
 
 
 def _open_standard_streams() -> None:
