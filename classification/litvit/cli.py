@@ -21,7 +21,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one line: the wrong input, and how to list the flags.
 
     A flag that takes several numbers ends where they end: `--img-size 224 DATA_DIR` is one number and a folder.
+    The program's name is "train.py" of a script, "litvit train" of a command.
     """
+
+    def __init__(self, prog: str | None = None, **options):
+        super().__init__(prog=prog or os.path.basename(sys.argv[0]), **options)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
