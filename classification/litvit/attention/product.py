@@ -3,7 +3,6 @@
 Shape letters: B images, N queries, M keys, d channels per head.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -104,6 +104,21 @@ def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
     return taps.view(*offset.shape[:3], k * k * C)
 
 
+def sample_map(x: Tensor, offset: Tensor, k: int) -> Tensor:
+    """Read the k*k taps of each output token, as a map: its k x k patches, side by side, are the kernels' inputs.
+
+    Args:
+        x: Tokens, (B, H, W, C), H and W at least 2.
+        offset: Offsets in pixels, (B, h, w, 2*k*k), see `deform_conv_tokens`.
+        k: Kernel size and stride.
+
+    Returns:
+        Map, (B, k*h, k*w, C).
+    """
+    taps = sample_taps(x, offset, k).unflatten(3, (k, k, -1))
+    return taps.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
 def _sample_differentiably(x: Tensor, offset: Tensor, k: int) -> Tensor:
     """Read taps as `sample_taps` does, by operations that have every derivative and a rule for vmap."""
     B, H, W, C = x.shape
