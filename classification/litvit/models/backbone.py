@@ -123,7 +123,7 @@ class Backbone(nn.Module, ABC):
         return part == "stages" and int(rest.partition(".")[0]) >= len(self.stages)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make another image size the one that `timm.data.resolve_model_data_config` finds.
+        """Record another image size where timm looks for it, in `save_for_hf` and `resolve_input_data_config`.
 
         Args:
             img_size: Image size in pixels, an int or (H, W).

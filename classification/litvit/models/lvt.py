@@ -327,8 +327,8 @@ class LVT(Backbone):
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last stage's last block. It rises linearly from 0 at the first
             block.
-        img_size: Image size in pixels, an int or (H, W), of timm's data configuration. None for 224. The model takes
-            other sizes all the same.
+        img_size: Image size in pixels, an int or (H, W), that timm records. None for 224. The model is the same for
+            all sizes, and takes them all.
         proj_drop_rate: Dropout rate of the outputs of attention and MLPs.
         attn_drop_rate: Dropout rate of the attention weights.
         device: Device of the parameters.
@@ -450,7 +450,7 @@ class LVT(Backbone):
         return own
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Make another image size that of timm's data configuration. The model takes any size from 32 up.
+        """Record another image size, see `Backbone.set_input_size`. The model takes any size from 32 up.
 
         Args:
             img_size: Image size in pixels, an int or (H, W).
@@ -459,7 +459,7 @@ class LVT(Backbone):
             InputError: img_size is smaller than 32.
         """
         if min(to_2tuple(img_size)) < self.total_stride:
-            raise InputError(f"img_size must be {self.total_stride} or more in both directions, got {img_size}")
+            raise InputError(f"images must have {self.total_stride} pixels or more per side, not img_size={img_size}")
         super().set_input_size(img_size)
 
     def _stem(self, x: Tensor) -> Tensor:
