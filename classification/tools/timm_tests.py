@@ -68,14 +68,14 @@ class OurModels:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test, _, values = report.nodeid.rpartition("::")[2].rstrip("]").partition("[")
         if report.when == "call" or report.outcome != "passed":
-            outcome = "expected to fail" if hasattr(report, "wasxfail") and report.skipped else report.outcome
+            outcome = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
             self.outcomes[test][values.removeprefix("1-").removeprefix("2-")] = outcome
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for test, outcomes in self.outcomes.items():
             for outcome in sorted(set(outcomes.values())):
                 models = ", ".join(model for model, value in outcomes.items() if value == outcome)
-                terminalreporter.write_line(f"{test:42} {outcome:16} {models}")
+                terminalreporter.write_line(f"{test:42} {outcome:8} {models}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -118,11 +118,11 @@ def test_fused_attention_switch(name, attention_written_out):
 
 @every_model
 def test_every_module_with_parameters_is_called_where_hooks_watch(name):
-    model, called = small(name, num_classes=5), set()
-    expected = model(images(64, 64))
+    model, called = small(name, num_classes=5).double(), set()
+    expected = model(images(64, 64).double())
     for path, module in model.named_modules():
         module.register_forward_hook(lambda *_, path=path: called.add(path))
-    torch.testing.assert_close(model(images(64, 64)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(images(64, 64).double()), expected)
     own = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     assert own <= called
 
