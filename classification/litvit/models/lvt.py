@@ -138,7 +138,12 @@ def _fold(patches: Tensor, size: tuple[int, int]) -> Tensor:
     x = torch.stack((middle, end + F.pad(start[:, :, 1:], (0, 0, 0, 0, 0, 0, 0, 1))), dim=3)
     start, middle, end = x.unbind(5)
     x = torch.stack((middle, end + F.pad(start[:, 1:], (0, 0, 0, 0, 0, 0, 0, 0, 0, 1))), dim=2)
-    return x.view(B, 2 * h, 2 * w, heads * c)[:, : size[0], : size[1]]
+    x = x.view(B, 2 * h, 2 * w, heads * c)
+    if is_exporting() and not are_static(*size):
+        # A slice would make the graph one for odd sides or one for even ones, by its strides.
+        rows, columns = (torch.arange(side, device=x.device) for side in size)
+        return x.index_select(1, rows).index_select(2, columns)
+    return x[:, : size[0], : size[1]]
 
 
 class AtrousConv(nn.Conv2d):
