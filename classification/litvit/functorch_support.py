@@ -9,7 +9,5 @@ def transforms_are_active() -> bool:
 
     Fused operators then give way to plain operations, which have every derivative and a rule for vmap.
     """
-    if torch.compiler.is_compiling():
-        return False
-    # As torch.autograd.Function decides how it is applied. There is no public name for it.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    # There are no public names for these. torch.compile evaluates both when it traces.
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
