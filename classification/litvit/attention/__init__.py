@@ -1,5 +1,6 @@
-"""Attention over all tokens of a map with a relative position bias: the functional form and its GPU kernels."""
+"""Attention, with a relative position bias over all tokens of a map: the functional forms and GPU kernels."""
 
+from litvit.attention.product import attend
 from litvit.attention.relative import PATHS, choose_path, relative_attention, relative_position_bias
 
-__all__ = ["PATHS", "choose_path", "relative_attention", "relative_position_bias"]
+__all__ = ["PATHS", "attend", "choose_path", "relative_attention", "relative_position_bias"]

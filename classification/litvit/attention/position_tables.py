@@ -1,5 +1,7 @@
 """Position tables at the size of a map: absolute ones are resized bilinearly, relative ones bicubically."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ def resize_position_table(table: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if are_static(*size) and tuple(table.shape[1:3]) == tuple(size):
         return table
-    with torch.autocast(table.device.type, enabled=False):
+    with _without_autocast(table):
         resized = F.interpolate(table.permute(0, 3, 1, 2).float(), size=size, mode="bilinear").permute(0, 2, 3, 1)
     return resized.to(table.dtype)
 
@@ -39,9 +41,14 @@ def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
         return table
     # Interpolation is linear and works on one axis at a time. As two matrix products its gradient needs no atomic
     # additions, which deterministic mode refuses. The matrices are interpolated identity matrices.
-    with torch.autocast(table.device.type, enabled=False):
+    with _without_autocast(table):
         rows, columns = (
             F.interpolate(torch.eye(old, device=table.device)[None, None], size=(new, old), mode="bicubic")[0, 0]
             for old, new in zip(table.shape[1:], size, strict=True)
         )
         return (rows @ table.float() @ columns.T).to(table.dtype)
+
+
+def _without_autocast(table: Tensor) -> AbstractContextManager:
+    # The meta device has no autocast.
+    return nullcontext() if table.is_meta else torch.autocast(table.device.type, enabled=False)

@@ -6,10 +6,11 @@ Shape letters: B images, (h, w) map, N = h*w tokens, d channels per head.
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from litvit.attention.product import attend
 from litvit.errors import InputError
+from litvit.functorch_support import transforms_are_active
 from litvit.triton_support import TRITON_DTYPES, interprets_triton, runs_triton
 
 PATHS = ("plain", "sdpa", "triton")
@@ -45,7 +46,7 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
     h, w = grid
     if qkv.dim() != 5 or tuple(qkv.shape[1:3]) != (h * w, 3):
         raise ValueError(f"qkv must be (B, {h} * {w}, 3, heads, d), got {tuple(qkv.shape)}")
-    heads, d = qkv.shape[3:]
+    heads = qkv.shape[3]
     if tuple(table.shape) != (heads, 2 * h - 1, 2 * w - 1):
         raise ValueError(f"table must be {(heads, 2 * h - 1, 2 * w - 1)}, got {tuple(table.shape)}")
     path = choose_path(qkv, path)
@@ -57,10 +58,7 @@ def relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], path: 
         return kernels.relative_attention(qkv, table, w)[0]
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     bias = relative_position_bias(table, grid).to(q.dtype)
-    if path == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-    scores = (q * d**-0.5) @ k.transpose(-2, -1)
-    return (scores.add_(bias).softmax(-1) @ v).transpose(1, 2)
+    return attend(q, k, v, bias, None, fused=path == "sdpa").transpose(1, 2)
 
 
 def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -107,7 +105,7 @@ def choose_path(qkv: Tensor, path: str | None = None) -> str:
         )
     if path:
         return path
-    if qkv.is_cuda and _kernels_take(qkv):
+    if qkv.is_cuda and _kernels_take(qkv) and not transforms_are_active():
         return "triton"
     # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. Traces are for inference.
     recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()

@@ -1,6 +1,8 @@
 """Number of multiply-adds of a model."""
 
 import copy
+import math
+from collections.abc import Callable
 
 import torch
 from timm.layers import to_2tuple
@@ -27,3 +29,21 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         shadow(image)
     return counter.get_total_flops() // 2
+
+
+def fvcore_handles() -> dict[str, Callable[[list, list], int]]:
+    """Return fvcore's handles of the operations that it does not know: attention, and the bilinear reads of merging.
+
+    fvcore then counts all multiply-adds: `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles()).total()`.
+    """
+    return {"aten::scaled_dot_product_attention": _attention_macs, "aten::embedding_bag": _bilinear_macs}
+
+
+def _attention_macs(inputs: list, outputs: list) -> int:
+    # q (..., N, d), k (..., M, d), v (..., M, e): the products q k^T and weights times v.
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _bilinear_macs(inputs: list, outputs: list) -> int:
+    return 4 * math.prod(outputs[0].type().sizes())  # each value is a weighted sum of four

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from litvit.errors import InputError
+from litvit.functorch_support import transforms_are_active
 from litvit.triton_support import TRITON_DTYPES, interprets_triton, runs_triton
 
 
@@ -27,6 +28,9 @@ def deform_conv_tokens(
     On a GPU, Triton kernels (`litvit.dtm.triton_kernels`) replace the plain formulation and keep no sampled patches for
     backward. They add up the gradients of tokens in an order that varies between runs. Under
     `torch.use_deterministic_algorithms(True)` the plain formulation is used instead.
+
+    Transforms of torch.func (vmap, grad, jvp, ...) and forward-mode derivatives have rules of every order. Outside of
+    them only first derivatives are available.
 
     Args:
         x: Tokens, (B, H, W, C). An odd last row or column has no tap of its own, as in a strided convolution.
@@ -72,6 +76,7 @@ def _runs_triton(x: Tensor, offset: Tensor, matrix: Tensor) -> bool:
         and {x.dtype, offset.dtype, matrix.dtype} <= TRITON_DTYPES
         and (x.dtype == matrix.dtype or torch.is_autocast_enabled(x.device.type))
         and not torch.are_deterministic_algorithms_enabled()
+        and not transforms_are_active()
     )
 
 
@@ -89,12 +94,46 @@ def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
     B, H, W, C = x.shape
     dtype = torch.promote_types(torch.promote_types(x.dtype, offset.dtype), torch.float32)
     offset = offset.to(dtype)
+    if transforms_are_active():
+        return _sample_differentiably(x, offset, k)
     if torch.jit.is_tracing():  # which cannot record our own autograd functions
         index, weight = _bilinear_corners(offset, (H, W), k)[:2]
     else:
         index, weight = _BilinearCorners.apply(offset, (H, W), k)
     taps = F.embedding_bag(index, x.reshape(B * H * W, C), per_sample_weights=weight.to(x.dtype), mode="sum")
     return taps.view(*offset.shape[:3], k * k * C)
+
+
+def sample_map(x: Tensor, offset: Tensor, k: int) -> Tensor:
+    """Read the k*k taps of each output token, as a map: its k x k patches, side by side, are the kernels' inputs.
+
+    Args:
+        x: Tokens, (B, H, W, C), H and W at least 2.
+        offset: Offsets in pixels, (B, h, w, 2*k*k), see `deform_conv_tokens`.
+        k: Kernel size and stride.
+
+    Returns:
+        Map, (B, k*h, k*w, C).
+    """
+    taps = sample_taps(x, offset, k).unflatten(3, (k, k, -1))
+    return taps.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _sample_differentiably(x: Tensor, offset: Tensor, k: int) -> Tensor:
+    """Read taps as `sample_taps` does, by operations that have every derivative and a rule for vmap."""
+    B, H, W, C = x.shape
+    index, _, distance, axis_weight = _bilinear_corners(offset, (H, W), k)
+    slope = _slope(distance.detach())
+    axis_weight = torch.where(slope == 0, axis_weight.detach(), 1 + slope * distance)
+    weight = (axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]).reshape(-1, 4, 1)
+    corners = x.reshape(B * H * W, C)[index.long()]
+    return (corners * weight.to(x.dtype)).sum(1).view(*offset.shape[:3], k * k * C)
+
+
+def _slope(distance: Tensor) -> Tensor:
+    """Return the right-hand derivative of the weight, max(0, 1 - |distance|), by the distance."""
+    cell = distance.floor()
+    return torch.where(cell == 0, -1.0, (cell == -1).to(cell.dtype))
 
 
 class _BilinearCorners(torch.autograd.Function):
@@ -117,10 +156,8 @@ class _BilinearCorners(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, grad: Tensor) -> tuple[Tensor | None, ...]:
         distance, axis_weight = ctx.saved_tensors
-        cell = distance.floor()
-        slope = torch.where(cell == 0, -1.0, (cell == -1).to(cell.dtype))
         grad = grad.view_as(axis_weight)
-        y_slope, x_slope = slope.unbind(-2)
+        y_slope, x_slope = _slope(distance).unbind(-2)
         y_weight, x_weight = axis_weight.unbind(-2)
         along_x = grad[..., 0] * x_weight[..., :1] + grad[..., 1] * x_weight[..., 1:]
         along_y = grad[..., 0, :] * y_weight[..., :1] + grad[..., 1, :] * y_weight[..., 1:]
@@ -140,12 +177,11 @@ def _bilinear_corners(offset: Tensor, map_size: tuple[int, int], k: int) -> tupl
     position = offset.reshape(B, h, w, k, k, 2) + grid
     # Clamp the integer corner and not the coordinate: a NaN or infinite offset then reads some valid token, with weight
     # NaN or 0.
-    low = position.floor().int()
-    low[..., 0].clamp_(0, H - 2)
-    low[..., 1].clamp_(0, W - 2)
+    row, column = position.floor().int().unbind(-1)
+    low = torch.stack((row.clamp(0, H - 2), column.clamp(0, W - 2)), dim=-1)
     # (B, h, w, k, k, axis, corner)
     distance = (position - low).unsqueeze(-1) - torch.arange(2, **like)
-    axis_weight = (1 - distance.abs()).clamp_(min=0)
+    axis_weight = (1 - distance.abs()).clamp(min=0)
     weight = axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]
 
     # 32 bits are faster to sort than 64, and enough for 2**31 tokens.

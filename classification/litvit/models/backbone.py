@@ -5,10 +5,11 @@ Shape letters: B images, (H, W) image size, (h, w) map size, C channels, N = h*w
 
 import logging
 from abc import ABC, abstractmethod
+from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
@@ -17,16 +18,22 @@ from torch.utils.checkpoint import checkpoint
 from litvit.checkpoints import keep_own_classifier
 from litvit.errors import InputError
 
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # an older timm, whose data configs know only the size in the pretrained_cfg
+    update_model_input_size = None
+
 _logger = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module, ABC):
     """Stages of channels-last maps at strides 4, 8, 16 and 32, as dense backbone or, with a head, as classifier.
 
-    A subclass creates `stages` and `norm`, which follows the last stage, then its classifiers by `reset_classifier`. It
-    implements `_stem`, which turns images into the input of the first stage, and `_final_tokens`, which turns the last
-    stage's map into the tokens of the head. It overrides `from_published` if its weights are published under other
-    names, and `_resize_entry` if some of them depend on the image size.
+    A subclass creates `stages`, an nn.Sequential, and `norm`, which follows the last stage, then its classifiers by
+    `reset_classifier`. It implements `_stem`, which turns images into the input of the first stage, and, if it has a
+    class token, `_join_class_token`, which turns the last stage's map into tokens with it. It overrides
+    `from_published` if its weights are published under other names, and `_resize_entry` and `set_input_size` if some of
+    them depend on the image size.
 
     Args:
         in_chans: Number of image channels.
@@ -60,12 +67,12 @@ class Backbone(nn.Module, ABC):
     def _stem(self, x: Tensor) -> Tensor:
         """Turn images of any size, (B, in_chans, H, W), into the input of the first stage."""
 
-    @abstractmethod
-    def _final_tokens(self, last_output: Tensor, last_input: Tensor) -> Tensor:
-        """Turn the last stage's output into the tokens that `forward_features` returns.
+    def _join_class_token(self, last_output: Tensor, last_input: Tensor) -> Tensor:
+        """Turn the last stage's output into tokens, the class token first, before the last norm.
 
         A model whose class token joins in the last stage runs that stage again, on the last stage's input.
         """
+        raise NotImplementedError(f"{type(self).__name__} has a class token but no _join_class_token")
 
     @staticmethod
     def from_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,14 +122,17 @@ class Backbone(nn.Module, ABC):
             return self.cls_token is None
         return part == "stages" and int(rest.partition(".")[0]) >= len(self.stages)
 
-    def check_min_size(self, x: Tensor) -> None:
-        """Raise InputError for images, (B, in_chans, H, W), that are smaller than the total stride."""
-        if min(x.shape[-2:]) < self.total_stride:
-            least, got = f"{self.total_stride} pixels or more", tuple(x.shape[-2:])
-            raise InputError(f"images must have {least} in both directions, got {got}")
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Record another image size where timm looks for it, in `save_for_hf` and `resolve_input_data_config`.
+
+        Args:
+            img_size: Image size in pixels, an int or (H, W).
+        """
+        if update_model_input_size is not None:
+            update_model_input_size(self, to_2tuple(img_size))
 
     def _set_global_pool(self, global_pool: str) -> None:
-        choices = ("token", "avg", "") if self.num_prefix_tokens else ("avg", "")
+        choices = ("token", "avg", "max", "") if self.num_prefix_tokens else ("avg", "max", "")
         if global_pool not in choices:
             raise InputError(f"global_pool must be one of {', '.join(map(repr, choices))}, got {global_pool!r}")
         self.global_pool = global_pool
@@ -154,7 +164,7 @@ class Backbone(nn.Module, ABC):
             if num_classes:
                 classifier = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
                 init_linear(classifier)
-            setattr(self, name, classifier)
+            setattr(self, name, classifier.train(self.training))
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -194,7 +204,9 @@ class Backbone(nn.Module, ABC):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        return_prefix_tokens: bool = False,
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Tensor | list[Tensor]]:
         """Return the maps at the end of stages, for images of any size from 32 up.
 
         Args:
@@ -204,6 +216,10 @@ class Backbone(nn.Module, ABC):
             stop_early: Whether to skip the stages after the last wanted one.
             output_fmt: Layout of the maps, "NCHW" or "NHWC".
             intermediates_only: Whether to return only the maps.
+            return_prefix_tokens: Whether to return with each map the class token, if the model has one, as pairs (map,
+                prefix tokens). Prefix tokens are (B, 1, C). They are zero for stages that have no class token yet.
+            output_dict: Whether to return a dictionary: "image_intermediates" (maps), "image_intermediates_prefix"
+                (prefix tokens, if asked for) and "image_features" (final tokens).
 
         Returns:
             Maps, (B, C, h, w) or (B, h, w, C), or a pair of final tokens and maps. The final tokens are those of
@@ -216,8 +232,10 @@ class Backbone(nn.Module, ABC):
             raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.stages), indices)
         stop = last + 1 if stop_early or intermediates_only else len(self.stages)
+        end = len(self.feature_info) - 1  # the index of the last stage, also if it was pruned
 
-        maps = []
+        has_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        maps, prefixes = [], []
         x = self._stem(x)
         for i, stage in enumerate(self.stages[:stop]):
             last_input, x = x, stage(x)
@@ -226,22 +244,38 @@ class Backbone(nn.Module, ABC):
             out = x
             if str(i) in self.out_norms:
                 out = self.out_norms[str(i)](x)
-            elif norm and i == len(self.feature_info) - 1:
+            elif norm and i == end:
                 out = self.norm(x)
             maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
-        if intermediates_only:
-            return maps
-        if stop == len(self.feature_info):
-            x = self._final_tokens(x, last_input)
-        return x, maps
+            if has_prefix:
+                prefixes.append(x.new_zeros(len(x), self.num_prefix_tokens, x.shape[-1]))
+
+        if stop == end + 1 and self.cls_token is not None and (has_prefix or not intermediates_only):
+            x = self._join_class_token(x, last_input)
+            if has_prefix and end in taken:
+                token = x[:, : self.num_prefix_tokens]
+                prefixes[-1] = self.norm(token) if norm else token
+        if stop == end + 1 and not intermediates_only:
+            x = self.norm(x)
+        if output_dict:
+            features = {} if intermediates_only else {"image_features": x}
+            prefix = {"image_intermediates_prefix": prefixes} if has_prefix else {}
+            return {"image_intermediates": maps, **prefix, **features}
+        if has_prefix:
+            maps = list(zip(maps, prefixes, strict=True))
+        return maps if intermediates_only else (x, maps)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Pool tokens (B, h, w, C) or (B, 1 + N, C) to (B, C). Without pooling, return them as they are."""
         if self.global_pool == "token":
             x = x[:, 0]
-        elif self.global_pool == "avg":
-            x = x[:, self.num_prefix_tokens :].mean(1) if x.dim() == 3 else x.mean((1, 2))
+        elif self.global_pool:
+            x = x.flatten(1, -2)[:, self.num_prefix_tokens :]
+            x = x.mean(1) if self.global_pool == "avg" else x.amax(1)
         return self.head_drop(x)
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError("torch.jit.script does not take these models: use torch.jit.trace or torch.export")
 
 
 class BackboneFeatures(FeatureGetterNet):
@@ -257,6 +291,13 @@ class BackboneFeatures(FeatureGetterNet):
         if not any(name.startswith(f"{prefix}model.") for name in names):
             for name in names:
                 state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+
+
+def check_min_size(x: Tensor, least: int) -> None:
+    """Raise InputError for images, (B, in_chans, H, W), of fewer than `least` pixels in one direction."""
+    height, width = x.shape[-2:]
+    if min(height, width) < least:
+        raise InputError(f"images must have {least} pixels or more in both directions, got {(height, width)}")
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tensor:
@@ -311,11 +352,28 @@ def create_backbone(
         pretrained: Whether to load pretrained weights.
         **kwargs: Arguments of the class, and of timm's `build_model_with_cfg`.
     """
+
+    feature_cfg = {"out_indices": (0, 1, 2, 3)}
+    if "feature_cls" in kwargs:  # one of timm's: maps are the stages' outputs, (B, h, w, C)
+        feature_cfg["flatten_sequential"] = True
+    else:
+        feature_cfg |= {"feature_cls": BackboneFeatures, "output_fmt": "NCHW"}
     return build_model_with_cfg(
-        cls,
+        partial(_build_dense, cls) if kwargs.get("features_only") else cls,
         variant,
         pretrained,
         pretrained_filter_fn=lambda state_dict, _: cls.from_published(state_dict),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": BackboneFeatures},
+        feature_cfg=feature_cfg,
         **kwargs,
     )
+
+
+def _build_dense(cls: type[Backbone], **kwargs) -> Backbone:
+    """Build a model for timm's feature extractors: its last stage gives a map, its modules are in the order of use."""
+    model = cls(**kwargs)
+    model.prune_intermediate_layers(len(model.stages))
+    for name in ("out_norms", "head_drop"):
+        part = getattr(model, name)
+        delattr(model, name)
+        setattr(model, name, part)
+    return model

@@ -12,15 +12,32 @@ import re
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from litvit.attention import relative_attention
+from litvit.attention import attend, relative_attention, relative_position_bias
 from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
 from litvit.errors import InputError
-from litvit.models.backbone import Backbone, BackboneFeatures, create_backbone, default_cfg, init_linear, run_blocks
+from litvit.models.backbone import (
+    Backbone,
+    BackboneFeatures,
+    check_min_size,
+    create_backbone,
+    default_cfg,
+    init_linear,
+    run_blocks,
+)
+
+# Leaves of torch.fx's traces: their Python code depends on sizes, types and devices.
+torch.fx.wrap("_check_size")
+torch.fx.wrap("_pad")
+torch.fx.wrap("check_min_size")
+torch.fx.wrap("relative_attention")
+torch.fx.wrap("relative_position_bias")
+torch.fx.wrap("resize_position_table")
+torch.fx.wrap("resize_relative_table")
 
 # Published names, LIT-Ti's (patch_embed2, block1, ...) and those of LIT-S, M and B (layers.0.downsample, ...).
 _PUBLISHED_NAMES = [
@@ -38,14 +55,15 @@ _PUBLISHED_NAMES = [
 
 
 class PatchEmbed(nn.Module):
-    """Embed 4 x 4 patches: (B, in_chans, H, W) -> (B, H/4, W/4, dim)."""
+    """Embed 4 x 4 patches: (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim)."""
 
-    def __init__(self, in_chans: int, dim: int) -> None:
+    def __init__(self, in_chans: int, dim: int, **dd) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4)
-        self.norm = nn.LayerNorm(dim)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -56,27 +74,47 @@ class Attention(nn.Module):
         dim: Number of channels.
         num_heads: Number of heads.
         table_size: Size (h, w) of the map that the relative position table belongs to, None for no bias.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+        **dd: Device and dtype of the parameters.
     """
 
-    def __init__(self, dim: int, num_heads: int, table_size: tuple[int, int] | None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        table_size: tuple[int, int] | None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        **dd,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position_bias_table = None
         if table_size is not None:
             h, w = table_size
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(num_heads, 2 * h - 1, 2 * w - 1))
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(num_heads, 2 * h - 1, 2 * w - 1, **dd))
             trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads)
-        if self.relative_position_bias_table is None:
-            x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
+        table = self.relative_position_bias_table
+        if table is not None:
+            table = resize_relative_table(table, grid)
+        drops = self.attn_drop.training and self.attn_drop.p > 0
+        if table is not None and self.fused_attn and not drops:
+            x = relative_attention(qkv, table, grid)
         else:
-            x = relative_attention(qkv, resize_relative_table(self.relative_position_bias_table, grid), grid)
-        return self.proj(x.reshape(B, N, C))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            bias = None if table is None else relative_position_bias(table, grid).to(q.dtype)
+            x = attend(q, k, v, bias, self.attn_drop, self.fused_attn).transpose(1, 2)
+        return self.proj_drop(self.proj(x.reshape(B, N, C)))
 
 
 class Block(nn.Module):
@@ -94,14 +132,17 @@ class Block(nn.Module):
         table_size: tuple[int, int] | None,
         drop_path: float,
         norm_eps: float,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        **dd,
     ) -> None:
         super().__init__()
         self.attn = None
         if num_heads:
-            self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-            self.attn = Attention(dim, num_heads, table_size)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+            self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+            self.attn = Attention(dim, num_heads, table_size, attn_drop, proj_drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -122,6 +163,9 @@ class Stage(nn.Module):
         position: "absolute" or "relative".
         drop_paths: Stochastic depth rate of each block.
         norm_eps: Epsilon of the LayerNorms.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the outputs of attention and MLPs.
+        **dd: Device and dtype of the parameters and buffers.
     """
 
     def __init__(
@@ -134,18 +178,32 @@ class Stage(nn.Module):
         position: str,
         drop_paths: list[float],
         norm_eps: float,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        **dd,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = None if in_dim is None else DeformableTokenMerging(in_dim, dim)
+        self.downsample = None if in_dim is None else DeformableTokenMerging(in_dim, dim, **dd)
         self.pos_embed = None
         if position == "absolute":
-            self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
+            self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim, **dd))
             trunc_normal_(self.pos_embed, std=0.02)
         table_size = grid if position == "relative" else None
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, table_size, drop_path, norm_eps) for drop_path in drop_paths
+            Block(dim, num_heads, mlp_ratio, table_size, drop_path, norm_eps, attn_drop, proj_drop, **dd)
+            for drop_path in drop_paths
         )
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resize the position tables, as new parameters, to those of a map of size (h, w)."""
+        if self.pos_embed is not None:
+            self.pos_embed = _like(self.pos_embed, resize_position_table(self.pos_embed.detach(), grid))
+        for block in self.blocks:
+            table = None if block.attn is None else block.attn.relative_position_bias_table
+            if table is not None:
+                resized = _like(table, resize_relative_table(table.detach(), grid))
+                block.attn.relative_position_bias_table = resized
 
     def forward(self, x: Tensor, class_token: Tensor | None = None) -> Tensor:
         """Run the stage: (B, H, W, in_dim) -> (B, h, w, dim).
@@ -185,8 +243,12 @@ class LIT(Backbone):
         class_token: Whether a class token joins before the last stage.
         norm_eps: Epsilon of the LayerNorms. (That of the patch embedding's is always 1e-5.)
         drop_rate: Dropout rate before the classifier.
+        proj_drop_rate: Dropout rate of the outputs of attention and MLPs.
+        attn_drop_rate: Dropout rate of the attention weights.
         drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0 at the first block.
         out_norms: Indices of stages whose dense output gets a LayerNorm of its own. The next stage reads it without.
+        device: Device of the parameters and buffers.
+        dtype: Type of the parameters and buffers.
 
     Raises:
         InputError: img_size, global_pool, position, num_heads or out_norms does not fit.
@@ -208,43 +270,49 @@ class LIT(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norms: tuple[int, ...] = (),
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_chans, num_classes, dims, class_token, drop_rate)
-        self.img_size = to_2tuple(img_size)
-        if any(side <= 0 or side % self.total_stride for side in self.img_size):
-            multiple = f"a multiple of {self.total_stride}"
-            raise InputError(f"img_size must be {multiple} in both directions, got {self.img_size}")
+        dd = {"device": device, "dtype": dtype}
+        self.img_size = _as_img_size(img_size)
         if position not in ("absolute", "relative"):
             raise InputError(f"position must be 'absolute' or 'relative', got {position!r}")
         if any(heads and dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
             raise InputError(f"num_heads {tuple(num_heads)} must divide dims {tuple(dims)}, 0 for stages of MLP blocks")
         self._set_global_pool(global_pool)
 
-        self.patch_embed = PatchEmbed(in_chans, dims[0])
+        self.patch_embed = PatchEmbed(in_chans, dims[0], **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stages = nn.ModuleList(
+        stages = [
             Stage(
                 in_dim=dims[i - 1] if i else None,
                 dim=dims[i],
-                grid=tuple(side // (4 * 2**i) for side in self.img_size),
+                grid=_grid(self.img_size, i),
                 num_heads=num_heads[i],
                 mlp_ratio=mlp_ratios[i],
                 position=position,
                 drop_paths=drop_paths[i],
                 norm_eps=norm_eps,
+                attn_drop=attn_drop_rate,
+                proj_drop=proj_drop_rate,
+                **dd,
             )
             for i in range(len(dims))
-        )
+        ]
+        self.stages = nn.Sequential(*stages)
         self.cls_pos_embed = None
         if class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1]))
-            self.cls_pos_embed = nn.Parameter(torch.zeros(1, 1, dims[-1]))
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1], **dd))
+            self.cls_pos_embed = nn.Parameter(torch.zeros(1, 1, dims[-1], **dd))
             trunc_normal_(self.cls_token, std=0.02)
             trunc_normal_(self.cls_pos_embed, std=0.02)
-        self.norm = nn.LayerNorm(dims[-1], eps=norm_eps)
+        self.norm = nn.LayerNorm(dims[-1], eps=norm_eps, **dd)
         if not set(out_norms) <= set(range(len(dims))):
             raise InputError(f"out_norms must be stages from 0 to {len(dims) - 1}, got {tuple(out_norms)}")
-        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], eps=norm_eps) for i in out_norms})
+        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], eps=norm_eps, **dd) for i in out_norms})
         self.apply(init_linear)
         self.reset_classifier(num_classes)
 
@@ -302,6 +370,20 @@ class LIT(Backbone):
             return resize_relative_table(value, tuple((side + 1) // 2 for side in shape[1:]))
         return value
 
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of another size: resize the position tables, as new parameters.
+
+        Args:
+            img_size: Image size in pixels, an int or (H, W), multiples of 32.
+
+        Raises:
+            InputError: img_size does not fit.
+        """
+        self.img_size = _as_img_size(img_size)
+        for i, stage in enumerate(self.stages):
+            stage.set_grid(_grid(self.img_size, i))
+        super().set_input_size(self.img_size)
+
     def _drop_class_token(self) -> None:
         self.cls_token = self.cls_pos_embed = None
 
@@ -309,13 +391,11 @@ class LIT(Backbone):
         return None if self.cls_token is None else self.cls_token + self.cls_pos_embed
 
     def _stem(self, x: Tensor) -> Tensor:
-        self.check_min_size(x)
-        return self.patch_embed(_pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2))
+        check_min_size(x, self.total_stride)
+        return self.patch_embed(x)
 
-    def _final_tokens(self, last_output: Tensor, last_input: Tensor) -> Tensor:
-        if self.cls_token is not None:  # the stage ran without it, for the dense map
-            last_output = self.stages[-1](last_input, self._class_token())
-        return self.norm(last_output)
+    def _join_class_token(self, last_output: Tensor, last_input: Tensor) -> Tensor:
+        return self.stages[-1](last_input, self._class_token())  # it ran without, for the dense map
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the tokens after the last norm.
@@ -329,12 +409,7 @@ class LIT(Backbone):
         Raises:
             InputError: The images have another size.
         """
-        if tuple(x.shape[-2:]) != self.img_size:
-            height, width = x.shape[-2:]
-            raise InputError(
-                f"the model was built for images of {self.img_size[0]} x {self.img_size[1]} pixels, got {height} x "
-                f"{width}: resize them, or build it with img_size=({height}, {width})"
-            )
+        _check_size(x, self.img_size)
         x = self.patch_embed(x)
         for stage in self.stages[:-1]:
             x = stage(x)
@@ -356,6 +431,31 @@ class LIT(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """Classify images of `img_size`: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _as_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    size, stride = to_2tuple(img_size), Backbone.total_stride
+    if any(side <= 0 or side % stride for side in size):
+        raise InputError(f"img_size must be a multiple of {stride} in both directions, got {size}")
+    return size
+
+
+def _grid(img_size: tuple[int, int], stage: int) -> tuple[int, int]:
+    """Return the map size of a stage, counted from 0."""
+    return tuple(side // (4 * 2**stage) for side in img_size)
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _check_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    height, width = x.shape[-2:]
+    if (height, width) != img_size:
+        raise InputError(
+            f"the model was built for images of {img_size[0]} x {img_size[1]} pixels, got {height} x {width}: "
+            f"resize them, or build it with img_size=({height}, {width})"
+        )
 
 
 def _as_square(table: Tensor) -> Tensor:

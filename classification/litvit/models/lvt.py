@@ -11,12 +11,25 @@ import re
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from litvit.attention import attend
 from litvit.errors import InputError
-from litvit.models.backbone import Backbone, BackboneFeatures, create_backbone, default_cfg, init_linear, run_blocks
+from litvit.models.backbone import (
+    Backbone,
+    BackboneFeatures,
+    check_min_size,
+    create_backbone,
+    default_cfg,
+    init_linear,
+    run_blocks,
+)
+
+# Leaves of torch.fx's traces: their Python code depends on sizes.
+torch.fx.wrap("_unfold")
+torch.fx.wrap("check_min_size")
 
 _PUBLISHED_NAMES = [
     (r"^backbone\.(\d)\.0\.", r"stages.\1.patch_embed."),
@@ -31,14 +44,20 @@ _PUBLISHED_NAMES = [
 
 
 class PatchEmbed(nn.Module):
-    """Embed overlapping patches: (B, H, W, in_dim) -> (B, ceil(H/stride), ceil(W/stride), dim)."""
+    """Embed overlapping patches: (B, H, W, in_dim) -> (B, ceil(H/stride), ceil(W/stride), dim).
 
-    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int) -> None:
+    With `of_images` the input is images, (B, in_dim, H, W).
+    """
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int, of_images: bool = False, **dd) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(dim)
+        self.of_images = of_images
+        self.proj = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.of_images:
+            x = x.permute(0, 2, 3, 1)
         return self.norm(_conv(self.proj, x))
 
 
@@ -51,18 +70,23 @@ class ConvolutionalSelfAttention(nn.Module):
     Args:
         dim: Number of channels.
         num_heads: Number of heads.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+        **dd: Device and dtype of the parameters.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         # The output's layout is (head, source, target), and softmax goes over the sources, the middle axis. On a CPU a
         # softmax over a last axis of 9 is ten times as slow.
-        self.attn = nn.Linear(dim, num_heads * 81)
-        self.v = nn.Parameter(torch.empty(9, dim, dim))  # (position in the patch, out, in)
+        self.attn = nn.Linear(dim, num_heads * 81, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.v = nn.Parameter(torch.empty(9, dim, dim, **dd))  # (position in the patch, out, in)
         trunc_normal_(self.v, std=0.02)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
@@ -72,8 +96,8 @@ class ConvolutionalSelfAttention(nn.Module):
         attn = (self.attn(pooled) * self.scale).view(M * heads, 9, 9).softmax(1).transpose(1, 2)
         # Flat in between, or torch.export would compare strides that depend on B, with a guard on it.
         v = _unfold(x, h, w).flatten().view(9, M, C) @ self.v.transpose(1, 2)
-        mixed = attn @ v.view(9, M * heads, c).transpose(0, 1)
-        return self.proj(_fold(mixed.view(B, h, w, heads, 3, 3, c), (H, W)))
+        mixed = self.attn_drop(attn) @ v.view(9, M * heads, c).transpose(0, 1)
+        return self.proj_drop(self.proj(_fold(mixed.view(B, h, w, heads, 3, 3, c), (H, W))))
 
 
 # Along each axis, patch i of 3 tokens at stride 2 starts at token 2i - 1. Its middle is an even token, which no other
@@ -104,6 +128,16 @@ def _fold(patches: Tensor, size: tuple[int, int]) -> Tensor:
     return x.view(B, 2 * h, 2 * w, heads * c)[:, : size[0], : size[1]]
 
 
+class AtrousConv(nn.Conv2d):
+    """Depthwise 3 x 3 convolution whose dilation is an argument: (B, dim, H, W) -> (B, dim, H, W)."""
+
+    def __init__(self, dim: int, **dd) -> None:
+        super().__init__(dim, dim, 3, groups=dim, bias=False, **dd)
+
+    def forward(self, x: Tensor, rate: int) -> Tensor:
+        return F.conv2d(x, self.weight, padding=rate, dilation=rate, groups=self.groups)
+
+
 class RecursiveAtrousSelfAttention(nn.Module):
     """RASA (LVT, section 3.2): attention A, with queries at several scales, applied recursively by the same weights.
 
@@ -116,38 +150,50 @@ class RecursiveAtrousSelfAttention(nn.Module):
         reduction: Factor by which the map of the keys and values is reduced.
         atrous_rates: Dilations of the queries' convolution.
         recursion_depth: Number of times that attention is applied.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+        **dd: Device and dtype of the parameters.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, reduction: int, atrous_rates: tuple[int, ...], recursion_depth: int
+        self,
+        dim: int,
+        num_heads: int,
+        reduction: int,
+        atrous_rates: tuple[int, ...],
+        recursion_depth: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        **dd,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.fused_attn = use_fused_attn()
         self.atrous_rates = tuple(atrous_rates)
         self.recursion_depth = recursion_depth
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.atrous = nn.Conv2d(dim, dim, 3, groups=dim, bias=False)
+        self.q = nn.Linear(dim, dim, bias=False, **dd)
+        self.atrous = AtrousConv(dim, **dd)
         self.reduce = self.norm = None
         if reduction > 1:
-            self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
-            self.norm = nn.LayerNorm(dim)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+            self.reduce = nn.Conv2d(dim, dim, reduction, reduction, **dd)
+            self.norm = nn.LayerNorm(dim, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def _attention(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         q = self.q(x).permute(0, 3, 1, 2)
-        scales = [
-            F.silu(F.conv2d(q, self.atrous.weight, padding=rate, dilation=rate, groups=C)) for rate in self.atrous_rates
-        ]
+        scales = [F.silu(self.atrous(q, rate)) for rate in self.atrous_rates]
         heads, c = self.num_heads, C // self.num_heads
         q = sum(scales[1:], start=scales[0]).permute(0, 2, 3, 1).reshape(B, H * W, heads, c).transpose(1, 2)
         if self.reduce is not None:
             x = self.norm(_conv(self.reduce, x))
         h, w = x.shape[1:3]
         k, v = self.kv(x).reshape(B, h * w, 2, heads, c).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
+        x = attend(q, k, v, None, self.attn_drop, self.fused_attn)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
 
     def forward(self, x: Tensor) -> Tensor:
         previous, x = x, F.silu(self._attention(x))
@@ -159,14 +205,16 @@ class RecursiveAtrousSelfAttention(nn.Module):
 class ConvMlp(nn.Module):
     """MLP with a 3 x 3 depthwise convolution before its activation, on (B, H, W, dim)."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(_conv(self.conv, self.fc1(x))))
+        return self.drop2(self.fc2(self.drop1(F.gelu(_conv(self.conv, self.fc1(x))))))
 
 
 def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -177,11 +225,11 @@ def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pre-norm block of attention and MLP, on (B, H, W, dim)."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float) -> None:
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float, **dd) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -191,7 +239,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """One stage, patch embedding and blocks: (B, H, W, in_dim) -> (B, h, w, dim)."""
+    """One stage, patch embedding and blocks: (B, H, W, in_dim) -> (B, h, w, dim).
+
+    The input of the first stage is images, (B, in_chans, H, W).
+    """
 
     def __init__(self, patch_embed: PatchEmbed, blocks: list[Block]) -> None:
         super().__init__()
@@ -215,30 +266,36 @@ def _mix(x: Tensor, mask: Tensor) -> Tensor:
 class ClassAttention(nn.Module):
     """Attention of the class token, which comes first, to all tokens: (B, N, C) -> (B, 1, C)."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.fused_attn = use_fused_attn()
+        self.q = nn.Linear(dim, dim, bias=False, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
         heads, c = self.num_heads, C // self.num_heads
         q = self.q(x[:, :1]).view(B, 1, heads, c).transpose(1, 2)
         k, v = self.kv(x).view(B, N, 2, heads, c).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, 1, C))
+        x = attend(q, k, v, None, self.attn_drop, self.fused_attn)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, 1, C)))
 
 
 class ClassBlock(nn.Module):
     """Pre-norm block that changes only the class token: tokens (B, N, dim), the class token first."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = ClassAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = ClassAttention(dim, num_heads, attn_drop, proj_drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         token = x[:, :1] + self.attn(self.norm1(x))
@@ -270,9 +327,15 @@ class LVT(Backbone):
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last stage's last block. It rises linearly from 0 at the first
             block.
+        img_size: Image size in pixels, an int or (H, W), that timm records. None for 224. The model is the same for
+            all sizes, and takes them all.
+        proj_drop_rate: Dropout rate of the outputs of attention and MLPs.
+        attn_drop_rate: Dropout rate of the attention weights.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        InputError: global_pool, num_heads, recursion_depth or atrous_rates does not fit.
+        InputError: global_pool, num_heads, recursion_depth, atrous_rates or img_size does not fit.
     """
 
     classifiers = ("head", "aux_head")
@@ -293,8 +356,15 @@ class LVT(Backbone):
         class_heads: int = 8,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        img_size: int | tuple[int, int] | None = None,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_chans, num_classes, dims, True, drop_rate)
+        dd = {"device": device, "dtype": dtype}
+        drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         of_stages = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "reductions": (0, *reductions)}
         for name, values in of_stages.items():
             if len(values) != len(dims):
@@ -306,27 +376,31 @@ class LVT(Backbone):
             raise InputError(
                 f"recursion_depth and atrous_rates must be 1 or more, got {recursion_depth} and {tuple(atrous_rates)}"
             )
+        if img_size is not None:
+            self.set_input_size(img_size)
         self._set_global_pool(global_pool)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stages = nn.ModuleList()
+        stages = []
         for i, dim in enumerate(dims):
             blocks, hidden = [], int(dim * mlp_ratios[i])
             for drop_path in drop_paths[i]:
                 if i == 0:
-                    attn = ConvolutionalSelfAttention(dim, num_heads[i])
-                    mlp = Mlp(dim, hidden)
+                    attn = ConvolutionalSelfAttention(dim, num_heads[i], **drops, **dd)
+                    mlp = Mlp(dim, hidden, drop=proj_drop_rate, **dd)
                 else:
                     attn = RecursiveAtrousSelfAttention(
-                        dim, num_heads[i], reductions[i - 1], atrous_rates, recursion_depth
+                        dim, num_heads[i], reductions[i - 1], atrous_rates, recursion_depth, **drops, **dd
                     )
-                    mlp = ConvMlp(dim, hidden)
-                blocks.append(Block(dim, attn, mlp, drop_path))
-            embed = PatchEmbed(dims[i - 1], dim, 3, 2) if i else PatchEmbed(in_chans, dim, 7, 4)
-            self.stages.append(Stage(embed, blocks))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1]))
+                    mlp = ConvMlp(dim, hidden, proj_drop_rate, **dd)
+                blocks.append(Block(dim, attn, mlp, drop_path, **dd))
+            embed = PatchEmbed(dims[i - 1], dim, 3, 2, **dd) if i else PatchEmbed(in_chans, dim, 7, 4, True, **dd)
+            stages.append(Stage(embed, blocks))
+        self.stages = nn.Sequential(*stages)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1], **dd))
         trunc_normal_(self.cls_token, std=0.02)
-        self.class_blocks = nn.Sequential(*(ClassBlock(dims[-1], class_heads, 4) for _ in range(class_blocks)))
-        self.norm = nn.LayerNorm(dims[-1])
+        class_blocks = (ClassBlock(dims[-1], class_heads, 4, **drops, **dd) for _ in range(class_blocks))
+        self.class_blocks = nn.Sequential(*class_blocks)
+        self.norm = nn.LayerNorm(dims[-1], **dd)
         self.apply(init_linear)
         self.reset_classifier(num_classes)
 
@@ -375,16 +449,27 @@ class LVT(Backbone):
             own[name] = value
         return own
 
-    def _stem(self, x: Tensor) -> Tensor:
-        self.check_min_size(x)
-        return x.permute(0, 2, 3, 1)
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Record another image size, see `Backbone.set_input_size`. The model takes any size from 32 up.
 
-    def _final_tokens(self, last_output: Tensor, last_input: Tensor | None = None) -> Tensor:
+        Args:
+            img_size: Image size in pixels, an int or (H, W).
+
+        Raises:
+            InputError: img_size is smaller than 32.
+        """
+        if min(to_2tuple(img_size)) < self.total_stride:
+            raise InputError(f"images must have {self.total_stride} pixels or more per side, not img_size={img_size}")
+        super().set_input_size(img_size)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        check_min_size(x, self.total_stride)
+        return x
+
+    def _join_class_token(self, last_output: Tensor, last_input: Tensor | None = None) -> Tensor:
         B, h, w, C = last_output.shape
-        if self.cls_token is None:
-            return self.norm(last_output)
         token = self.cls_token.expand(B, -1, -1).to(last_output.dtype)
-        return self.norm(self.class_blocks(torch.cat((token, last_output.reshape(B, h * w, C)), dim=1)))
+        return self.class_blocks(torch.cat((token, last_output.reshape(B, h * w, C)), dim=1))
 
     def forward_features(self, x: Tensor, mix_mask: Tensor | None = None) -> Tensor:
         """Compute the tokens after class attention and the last norm.
@@ -399,7 +484,7 @@ class LVT(Backbone):
         x = self.stages[0](self._stem(x), mix_mask)
         for stage in self.stages[1:]:
             x = stage(x)
-        return self._final_tokens(x)
+        return self.norm(x if self.cls_token is None else self._join_class_token(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify the tokens of `forward_features`, (B, 1 + N, C) -> (B, num_classes).
@@ -426,6 +511,8 @@ class LVT(Backbone):
             `aux_head` for each token, row by row, (B, N, num_classes). The latter are those of the images that the
             tokens came from: in the box the batch is reversed back.
         """
+        if isinstance(mix_mask, torch.fx.Proxy):
+            mix_mask = None  # a graph of torch.fx has outputs of one kind, those for images alone
         s = self.total_stride
         if mix_mask is not None and mix_mask.shape != (grid := tuple((side + s - 1) // s for side in x.shape[-2:])):
             got = f"for images of {tuple(x.shape[-2:])}, got {tuple(mix_mask.shape)}"

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from torch.autograd import forward_ad
+from torch.nn.utils import prune
 from torchvision.ops import deform_conv2d
 
 from litvit.dtm import DeformableTokenMerging, deform_conv_tokens, offset_parameters
@@ -283,3 +285,183 @@ def test_a_gpu_gives_the_float64_result_and_gradients(dtype, tolerance):
 def test_the_module_refuses_other_shapes(size, message):
     with pytest.raises(ValueError, match=message):
         DeformableTokenMerging(6, 10)(torch.zeros(2, *size))
+
+
+def _every_derivative(x, offset, weight, bias):
+    return deform_conv_tokens(x, offset, weight, bias).square().sum()
+
+
+@pytest.mark.parametrize("offset_scale", [1.5, 0])
+def test_gradients_per_sample_are_those_of_single_samples(offset_scale):
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(3, 2, 6, 7, 4, dtype=torch.float64),
+        offset_scale * torch.randn(3, 2, 3, 3, 8, dtype=torch.float64),
+        torch.randn(5, 4, 2, 2, dtype=torch.float64),
+        torch.randn(5, dtype=torch.float64),
+    ]
+    in_dims = (0, 0, None, None)
+    merged = torch.func.vmap(deform_conv_tokens, in_dims)(*tensors)
+    gradients = torch.func.vmap(torch.func.grad(_every_derivative, (0, 1, 2, 3)), in_dims)(*tensors)
+    for i in range(3):
+        leaves = [
+            (t if dim is None else t[i]).clone().requires_grad_() for t, dim in zip(tensors, in_dims, strict=True)
+        ]
+        torch.testing.assert_close(merged[i], deform_conv_tokens(*leaves).detach())
+        expected = torch.autograd.grad(_every_derivative(*leaves), leaves)
+        torch.testing.assert_close([gradient[i] for gradient in gradients], list(expected))
+
+
+def test_gradients_per_sample_compile():
+    torch.manual_seed(0)
+    x, offset, weight = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 2, 2, 8), torch.randn(5, 4, 2, 2)
+    run = torch.func.vmap(torch.func.grad(_every_derivative, 1), (0, 0, None, None))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, offset, weight, None), run(x, offset, weight, None))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0)])
+def test_vmap_over_tokens_or_offsets_alone(in_dims):
+    torch.manual_seed(0)
+    x, offset, weight = torch.randn(3, 2, 6, 7, 4), 1.5 * torch.randn(3, 2, 3, 3, 8), torch.randn(5, 4, 2, 2)
+    inputs = [tensor if dim == 0 else tensor[0] for tensor, dim in zip((x, offset), in_dims, strict=True)]
+    merged = torch.func.vmap(lambda x, offset: deform_conv_tokens(x, offset, weight), in_dims)(*inputs)
+    for i in range(3):
+        single = [tensor[i] if dim == 0 else tensor for tensor, dim in zip(inputs, in_dims, strict=True)]
+        torch.testing.assert_close(merged[i], deform_conv_tokens(*single, weight))
+
+
+def test_forward_mode_and_second_derivatives():
+    tensors = [tensor.detach() for tensor in _tensors(2, 4, 4)]
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+    gradients = torch.func.grad(_every_derivative, (0, 1, 2, 3))(*tensors)
+    expected = sum((gradient * tangent).sum() for gradient, tangent in zip(gradients, tangents, strict=True))
+    torch.testing.assert_close(torch.func.jvp(_every_derivative, tuple(tensors), tuple(tangents))[1], expected)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(tensor, tangent) for tensor, tangent in zip(tensors, tangents, strict=True)]
+        torch.testing.assert_close(forward_ad.unpack_dual(_every_derivative(*duals)).tangent, expected)
+
+    def gradient(offset):
+        return torch.func.grad(_every_derivative, 1)(tensors[0], offset, *tensors[2:])
+
+    hessian = torch.func.jacrev(gradient)(tensors[1])
+    torch.testing.assert_close(torch.func.jacfwd(gradient)(tensors[1]), hessian)
+    step = 1e-6 * tangents[1]
+    along = (gradient(tensors[1] + step) - gradient(tensors[1] - step)) / 2e-6
+    torch.testing.assert_close(torch.tensordot(hessian, tangents[1], dims=4), along, rtol=1e-5, atol=1e-5)
+
+
+def test_transforms_leave_values_and_slopes_as_they_are():
+    x, _, weight, _ = _tensors(2, 4, 4, dtype=torch.float32)
+    offset = torch.zeros(2, 2, 2, 8)
+    offset[0, 0, 0], offset[0, 0, 1], offset[0, 1, 0] = float("nan"), 1e30, float("inf")
+    leaf = offset.clone().requires_grad_()
+    expected = deform_conv_tokens(x, leaf, weight)
+    merged, pull = torch.func.vjp(lambda offset: deform_conv_tokens(x, offset, weight), offset)
+    torch.testing.assert_close(merged, expected.detach(), equal_nan=True)
+    (gradient,) = pull(torch.ones_like(merged))
+    (other,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(gradient.flatten(0, 2)[1:], other.flatten(0, 2)[1:])
+
+
+def test_double_backward_says_that_it_is_not_there():
+    tensors = _tensors()
+    gradients = torch.autograd.grad(_every_derivative(*tensors), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|not implemented"):
+        gradients[1].sum().backward()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda module, see: module.register_forward_hook(lambda *_: see()),
+        lambda module, see: module.register_forward_pre_hook(lambda *_: see()),
+        lambda module, see: module.register_full_backward_hook(lambda *_: see()),
+        lambda module, see: setattr(module, "forward", lambda x, run=module.forward: (see(), run(x))[1]),
+    ],
+    ids=["forward hook", "pre-hook", "backward hook", "replaced forward"],
+)
+def test_convolution_and_norm_are_called_where_something_watches(watch, training):
+    merge, x = _trained_module(torch.float64), torch.randn(2, 7, 9, 6, dtype=torch.float64)
+    other, seen = copy.deepcopy(merge).train(training), []
+    merge.train(training)
+    for name in ("offset", "conv", "norm"):
+        watch(getattr(other, name), lambda name=name: seen.append(name))
+    results = []
+    for module in (merge, other):
+        leaf = x.clone().requires_grad_()
+        tokens, offset = module(leaf, return_offset=True)
+        results.append([tokens, offset, *torch.autograd.grad(tokens.square().sum(), [leaf, *module.parameters()])])
+    torch.testing.assert_close(*results)
+    assert sorted(seen) == ["conv", "norm", "offset"]
+
+
+def test_hooks_of_all_modules_see_the_convolution_and_the_map_it_reads():
+    merge, x, seen = _trained_module(torch.float64), torch.randn(2, 7, 9, 6, dtype=torch.float64), {}
+    expected = merge(x)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.update({module: (args[0].shape, output.shape)})
+    )
+    try:
+        torch.testing.assert_close(merge(x), expected)
+    finally:
+        hook.remove()
+    assert seen[merge.conv] == ((2, 6, 6, 8), (2, 10, 3, 4))
+    assert seen[merge.norm] == ((2, 10, 3, 4), (2, 10, 3, 4))
+
+
+class LowRank(torch.nn.Module):
+    """An adapter around a convolution: no `in_channels`, no `weight`."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.base = conv
+        self.down = torch.nn.Conv2d(6, 2, 2, 2, bias=False)
+        self.up = torch.nn.Conv2d(2, 10, 1, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_of_the_convolution_equals_its_merged_weight(training):
+    merge, x = _trained_module(torch.float64).train(training), torch.randn(2, 8, 8, 6, dtype=torch.float64)
+    adapted = copy.deepcopy(merge)
+    adapted.conv = LowRank(adapted.conv).double()
+    with torch.no_grad():
+        merge.conv.weight += torch.einsum("or,rckl->ockl", adapted.conv.up.weight[..., 0, 0], adapted.conv.down.weight)
+    tokens = adapted(x)
+    torch.testing.assert_close(tokens, merge(x))
+    tokens.sum().backward()
+    assert all(parameter.grad.any() for parameter in adapted.conv.parameters())
+
+
+def test_pruned_and_parametrized_weights_take_part_in_training():
+    merge, x = _trained_module(torch.float64).train(), torch.randn(2, 8, 8, 6, dtype=torch.float64)
+    spectral = torch.nn.utils.parametrizations.spectral_norm(copy.deepcopy(merge).conv)
+    other = copy.deepcopy(merge)
+    other.conv = spectral.eval()
+    plain = copy.deepcopy(merge)
+    with torch.no_grad():
+        plain.conv.weight.copy_(spectral.weight)
+    torch.testing.assert_close(other(x), plain(x))
+    prune.l1_unstructured(merge.conv, "weight", 0.5)
+    before = merge(x)
+    with torch.no_grad():
+        merge.conv.weight_orig *= 2
+    assert not torch.allclose(merge(x), before)  # the weight is that of this step
+
+
+def test_device_and_dtype_of_the_parameters():
+    merge = DeformableTokenMerging(6, 10, device="meta", dtype=torch.bfloat16)
+    assert all(tensor.is_meta for tensor in merge.state_dict().values())
+    assert {parameter.dtype for parameter in merge.parameters()} == {torch.bfloat16}
+    merge = merge.to_empty(device="cpu")
+    merge.load_state_dict(DeformableTokenMerging(6, 10).state_dict())
+    assert merge.eval()(torch.randn(1, 4, 4, 6).bfloat16()).dtype == torch.bfloat16
+
+
+def test_script_says_what_to_use_instead():
+    with pytest.raises(NotImplementedError, match=r"use torch\.jit\.trace or torch\.export"):
+        torch.jit.script(torch.nn.Sequential(DeformableTokenMerging(6, 10)))

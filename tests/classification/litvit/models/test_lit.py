@@ -227,7 +227,7 @@ def test_autocast_and_low_precision(kwargs, dtype):
     [
         (lambda: tiny(img_size=100), "multiple of 32"),
         (lambda: tiny(img_size=0), "multiple of 32"),
-        (lambda: tiny(global_pool="token"), "global_pool must be one of 'avg', ''"),
+        (lambda: tiny(global_pool="token"), "global_pool must be one of 'avg', 'max', ''"),
         (lambda: tiny(out_norms=(4,)), "out_norms must be stages from 0 to 3"),
         (lambda: tiny()(images(64, 96)), r"got 64 x 96: resize them, or build it with img_size=\(64, 96\)"),
         (lambda: tiny().forward_intermediates(images(31, 64)), "32 pixels or more"),

@@ -225,7 +225,7 @@ def test_autocast_and_low_precision(dtype):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: tiny(global_pool="max"), "global_pool must be one of 'token', 'avg', ''"),
+        (lambda: tiny(global_pool="map"), "global_pool must be one of 'token', 'avg', 'max', ''"),
         (lambda: tiny(num_heads=(3, 2, 2, 4)), r"num_heads \(3, 2, 2, 4\) and class_heads 4 must divide dims"),
         (lambda: tiny(recursion_depth=0), "recursion_depth and atrous_rates must be 1 or more, got 0"),
         (lambda: tiny()(images(31, 64)), "32 pixels or more"),

@@ -1,0 +1,77 @@
+"""tools/timm_tests.py on a small checkout."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CLASSIFICATION = Path(__file__).parents[3] / "classification"
+TESTS = """
+import pytest
+import torch
+from timm import create_model, list_models
+
+NON_STD = ["vit_*", "pit_*"]
+
+
+@pytest.mark.cfg
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("model_name", list_models(exclude_filters=["*huge*"] + NON_STD))
+@pytest.mark.parametrize("batch_size", [1])
+def test_standard(model_name, batch_size):
+    assert create_model(model_name, device="meta").output_fmt == "NHWC"
+
+
+@pytest.mark.parametrize("model_name", list_models(filter=NON_STD, exclude_filters=["*huge*"]))
+def test_nonstandard(model_name):
+    assert create_model(model_name, device="meta").output_fmt == "NLC"
+
+
+@pytest.mark.parametrize("model_name", list_models(module=["resnet"], name_matches_cfg=True))
+def test_every(model_name):
+    assert model_name != "lit_b"
+
+
+@pytest.mark.parametrize("model_name", list_models("lit_s"))
+def test_torchscript(model_name):
+    torch.jit.script(create_model(model_name))
+
+
+@pytest.mark.parametrize("model_name", ["resnet18"])
+def test_of_another_model(model_name):
+    raise AssertionError("not ours")
+
+
+def test_of_no_model():
+    raise AssertionError("not ours")
+"""
+
+
+def run(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(CLASSIFICATION), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, CLASSIFICATION / "tools" / "timm_tests.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_runs_the_tests_with_our_models_and_prints_a_table(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_models.py").write_text(TESTS)
+    done = run(tmp_path, "-q")
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.startswith("test_")]
+    assert rows == [
+        ["test_standard", "passed", "lit_b, lit_m, lit_s"],
+        ["test_nonstandard", "passed", "lit_ti, lvt, lvt_cls"],
+        ["test_every", "failed", "lit_b"],
+        ["test_every", "passed", "lit_m, lit_s, lit_ti, lvt"],
+        ["test_torchscript", "xfailed", "lit_s"],
+    ]
+    assert done.returncode == 1
+    assert run(tmp_path, "-q", "-k", "standard").returncode == 0
+
+
+def test_a_folder_that_is_no_checkout(tmp_path):
+    done = run(tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {tmp_path} is no checkout of timm: it has no tests/test_models.py\n",
+    )
