@@ -21,7 +21,8 @@ import safetensors.torch
 import torch
 import yaml
 
-from litvit.checkpoints import read_checkpoint, verify_archive
+from litvit.archives import verify_archive
+from litvit.checkpoints import read_checkpoint
 from litvit.errors import InputError, printable
 from litvit.settings import setting
 
