@@ -6,6 +6,8 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -32,6 +34,17 @@ def is_link(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
+def kept_file(link: str, folder: str | Path | None = None) -> Path:
+    """Return where the file of a link is kept. Links of one name do not meet: each has a folder of its own.
+
+    Args:
+        link: Link to a checkpoint.
+        folder: Folder to keep files in, None for torch.hub's.
+    """
+    name = unquote(Path(urlparse(link).path).name) or "checkpoint"
+    return Path(folder or cache_folder(), hashlib.sha256(link.encode()).hexdigest()[:16], name)
+
+
 def fetch(source: str | Path, folder: str | Path | None = None) -> Path:
     """Return the file of a path or a link. A link's file is fetched once, by one process.
 
@@ -40,31 +53,40 @@ def fetch(source: str | Path, folder: str | Path | None = None) -> Path:
 
     Args:
         source: Path, or link to a checkpoint.
-        folder: Folder to keep files in, None for torch.hub's. Each link has a folder of its own there.
+        folder: Folder to keep files in, None for torch.hub's.
 
     Raises:
         InputError: The link cannot be fetched, or gives no whole checkpoint. Nothing is left behind.
     """
     if not is_link(source):
         return Path(source).expanduser()
-    link = str(source)
-    name = unquote(Path(urlparse(link).path).name) or "checkpoint"
-    file = Path(folder or cache_folder(), hashlib.sha256(link.encode()).hexdigest()[:16], name)
-    temporary = file.with_name(f".{name}.part")
+    link, file = str(source), kept_file(str(source), folder)
+    temporary = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the block ends, or this process
+        with _locked(file.parent):
             if not (file.exists() and is_whole(file)):
-                _download(link, temporary)
-                if not is_whole(temporary):
-                    raise InputError(f"cannot fetch {link}: what came is cut off, or no checkpoint")
-                os.replace(temporary, file)
+                try:
+                    _download(link, temporary)
+                    if not is_whole(temporary):
+                        raise InputError(f"cannot fetch {link}: what came is cut off, or no checkpoint")
+                    os.replace(temporary, file)
+                finally:
+                    temporary.unlink(missing_ok=True)
     except (OSError, HTTPException) as error:  # URLError is an OSError
         raise InputError(f"cannot fetch {link}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return file
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a block. A lock ends with its process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _download(link: str, file: Path) -> None:

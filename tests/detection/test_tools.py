@@ -348,7 +348,11 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
             ["{config}", "--cfg-options", "val_evaluator.ann_file={other_images}"],
             "other.json has no image 1, but ",
         ),
-        ("train", ["{retinanet}"], "no ImageNet weights at pretrained/lit_ti.pth"),
+        (
+            "train",
+            ["{retinanet}", "--cfg-options", "model.backbone.init_cfg.checkpoint=none.pth"],
+            "no ImageNet weights at none.pth",
+        ),
         (
             "test",
             ["{config}", "{checkpoint}", "--cfg-options", "model.backbone.depths=(1,1,2,1)"],
