@@ -14,7 +14,7 @@ image=$data/val/3/00000.png
 train_and_validate() { # NAME: of the recipe and of the run; further flags of train.py
     run=$root/output/$1
     rm -rf "$run" # the last demo's
-    "$python" train.py "$data" --config "recipes/$1.yaml" --output "$root/output" --experiment "$1" "${@:2}"
+    "$python" train.py "$data" --config "$1" --output "$root/output" --experiment "$1" "${@:2}"
     "$python" validate.py "$data" --checkpoint "$run/model_best.safetensors" --results-file "$run/validation.json"
     echo "run:      $run (settings.yaml, summary.csv, train.log, tensorboard/, model_best.safetensors, validation.json)"
 }

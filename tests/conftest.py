@@ -12,7 +12,7 @@ from types import ModuleType
 import forked
 import pytest
 import torch
-from forked import Outcome
+from forked import Outcome, end_loader_processes
 
 from litvit import cli
 from litvit.demo_data import Settings, build
@@ -42,6 +42,13 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def _end_loader_processes() -> Iterator[None]:
+    """End the loader processes that a test leaves. Python waits 5 s for each of them where it collects their loader."""
+    yield
+    end_loader_processes()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ It reads requests, one JSON per line, and answers with the process id of the scr
 
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -35,6 +37,14 @@ def _forker() -> subprocess.Popen:
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)
+
+
+def end_loader_processes() -> None:
+    """Kill the loader processes of this process."""
+    for process in multiprocessing.active_children():
+        with suppress(RuntimeError):  # of torch's handler of SIGCHLD
+            process.kill()
+            process.join()
 
 
 def run_script(script: Path, *arguments: object, **environment: str) -> Outcome:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from forked import end_loader_processes
 from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
@@ -146,6 +147,7 @@ def train(folder, actions=(), resume_latest=True, **changes):
     except Stopped as stopped:
         return stopped.status
     finally:
+        end_loader_processes()  # as the end of a trainer does
         TrainingRunner.resume_latest = False
         Call.actions = {}
     return 0

@@ -32,7 +32,7 @@ def folder(digits, tmp_path, monkeypatch):
     folder.mkdir()
     for name, text in FILES.items():
         (folder / name).write_text(text)
-    for entry in ("train.py", "validate.py", "recipes"):
+    for entry in ("train.py", "validate.py"):
         (folder / entry).symlink_to(CLASSIFICATION / entry)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)

@@ -1,5 +1,11 @@
 """LIT and LVT: vision transformers that pay less attention. Importing this package registers its models with timm."""
 
-from litvit import models
+import os
+import sys
+
+# In `litvit COMMAND` and `python -m litvit COMMAND` (the first word after Python's own is a path or a name that ends in
+# "litvit") `litvit.commands` does this: help needs no torch, and what torch reads when it loads has to be set before.
+if [os.path.basename(word) for word in sys.orig_argv[-len(sys.argv) :][:1]] != ["litvit"]:
+    from litvit import models
 
 __all__ = ["models"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from timm.models import is_model, list_models
 
 from litvit.errors import InputError
-from litvit.processes import EXIT_CTRL_C, EXIT_INPUT_ERROR, follow_the_launcher, tell_the_launcher
+from litvit.processes import EXIT_CTRL_C, EXIT_INPUT_ERROR, follow_the_launcher, leave, tell_the_launcher
 
 TRACEBACK = "LIT_TRACEBACK"
 
@@ -21,7 +21,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one line: the wrong input, and how to list the flags.
 
     A flag that takes several numbers ends where they end: `--img-size 224 DATA_DIR` is one number and a folder.
+    The program's name is "train.py" of a script, "litvit train" of a command.
     """
+
+    def __init__(self, prog: str | None = None, **options):
+        super().__init__(prog=prog or os.path.basename(sys.argv[0]), **options)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -80,7 +84,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
             stream.flush()
         except OSError:  # a terminal that was closed: Python would exit with another status
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(tell_the_launcher(status))
+    leave(tell_the_launcher(status))
 
 
 def _open_standard_streams() -> None:

@@ -10,6 +10,7 @@ launcher dies     --> PR_SET_PDEATHSIG kills the workers, and their loader proce
 loader process    --> ignores SIGUSR1, SIGHUP and Ctrl-C, obeys a SIGTERM of its trainer alone, and ends with it
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -197,6 +198,21 @@ def end_with_parent() -> None:
     set_parent_death_signal = 1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def leave(status: int | None) -> NoReturn:
+    """Exit. One of several processes does without the end of the interpreter, in which a thread of gloo may abort it.
+
+    Args:
+        status: Exit status, None for success.
+    """
+    if world_info_from_env()[2] > 1:
+        atexit._run_exitfuncs()  # of multiprocessing, logging and the user's libraries
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status or 0)
+    sys.exit(status)
 
 
 def follow_the_launcher() -> None:

@@ -10,6 +10,7 @@ import torch
 import train
 
 from litvit.runs.folder import CHECKPOINT
+from litvit.training.build import build_trainer
 from litvit.training.recipe import parse_config
 
 # everything random is on: repeated augmentation, RandAugment, erasing, mixup, cutmix, stochastic depth, dropout
@@ -55,7 +56,7 @@ def undisturbed(digits, tmp_path_factory, random_flags):
     """Folder of the run of `flags` without any disturbance."""
     output = tmp_path_factory.mktemp("undisturbed")
     flags = [str(digits), *random_flags, "--output", str(output)]
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     assert trainer.run() == 0
     return trainer.folder.path
 

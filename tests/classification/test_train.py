@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from litvit.runs.folder import read_description
+from litvit.training.build import build_trainer
+from litvit.training.recipe import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_resume_continues_to_the_weights_of_an_unbroken_run(finished_run, digits
     folder, flags = finished_run
     here = ["--output", tmp_path, "--experiment", "broken"]
     # The schedule is that of two epochs; the run is cut after the first.
-    cut = train.build_trainer(train.parse_config([*flags, *map(str, here)]))
+    cut = build_trainer(parse_config([*flags, *map(str, here)]))
     cut.epochs = 1
     cut.run()
     outcome = run_main(train, digits, "--resume", tmp_path / "broken")

@@ -1,6 +1,7 @@
-"""Command line of the demo data: `python -m litvit.demo_data --help`."""
+"""Command line of the demo data: `litvit demo-data --help`, or `python -m litvit.demo_data --help`."""
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -16,7 +17,6 @@ COUNTS["segmentation"] = COUNTS["detection"]
 def _parse(argv: Sequence[str] | None) -> tuple[str, Settings | SceneSettings, int]:
     plain, scenes = Settings(), SceneSettings("detection")
     parser = cli.ArgumentParser(
-        prog="python -m litvit.demo_data",
         description="Build a small image set, handwritten digits in drawn scenes, without any download.",
     )
     parser.add_argument("folder", metavar="DIR", help="folder of the set, new or empty, or with this very set")
@@ -64,15 +64,17 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Build the demo data (`python -m litvit.demo_data --help`)."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the demo data as the command line says. Returns 0."""
     folder, settings, workers = _parse(argv)
     start = time.perf_counter()
     built = build(folder, settings, workers)
     took = f"built in {time.perf_counter() - start:.1f} s" if built else "already there"
     counts = settings.counts
     print(f"demo data: {counts['train']} training and {counts['val']} validation images in {folder} ({took})")
+    return 0
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "python -m litvit.demo_data"
     cli.run(main)

@@ -41,7 +41,9 @@ class _ExactLoop(BaseLoop):
         self.counted = count_batches(self.dataloader, runner.base_seed, runner.rank)
         self.saver = Saver(runner, self, every)
         if self.counted is None:
-            runner.logger.warning("the training data are a stream: a resumed run reads it from its beginning")
+            runner.logger.warning(
+                "the training data are a stream or have no batch sampler: a resumed run reads from their beginning"
+            )
 
     def run(self) -> nn.Module:
         """Train to the end.

@@ -87,7 +87,7 @@ RESUMABLE_CHANGES = (
 class RunConfig:
     """How a run is carried out, and where its files are."""
 
-    config: str | None = setting(None, "FILE", "recipe (recipes/<model>.yaml)")
+    config: str | None = setting(None, "FILE", "recipe: a file, or a name such as demo (the model's)")
     cfg: str | None = setting(None, None, argparse.SUPPRESS)  # of old commands, not read
     output: str = setting("output", "DIR", "folder of all runs")
     experiment: str | None = setting(None, "NAME", "name of the run's folder in --output (date, time and model)")

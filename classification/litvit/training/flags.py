@@ -1,4 +1,4 @@
-"""The flags of train.py, and those that other commands share. Their defaults are those of the config's classes."""
+"""The flags of training, and those that other commands share. Their defaults are those of the config's classes."""
 
 import argparse
 from collections.abc import Sequence
@@ -32,11 +32,10 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of train.py, whose flags have timm's names."""
+    """Return the parser of training, whose flags have timm's names."""
     parser = ArgumentParser(
-        prog="train.py",
-        usage="%(prog)s DATA_DIR --model NAME [flags]     (several processes: distributed_train.sh NUM DATA_DIR ...)",
-        description="Train an image classifier. recipes/<model>.yaml sets the flags, the command line overrides it; "
+        usage="%(prog)s DATA_DIR --model NAME [flags]    (several processes: distributed_train.sh or torchrun)",
+        description="Train an image classifier. The model's recipe sets the flags, the command line overrides it; "
         "--no-FLAG: off.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,

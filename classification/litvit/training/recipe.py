@@ -18,7 +18,7 @@ from litvit.runs.folder import SETTINGS, resumed_folder
 from litvit.training.config import Config
 from litvit.training.flags import build_parser
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_OF = {"lvt_cls": "lvt"}  # a model's name in old commands
 ONLY_ON_THE_COMMAND_LINE = ("data_dir", "config", "cfg", "resume", "dry_run", "help", "traceback")
 
@@ -49,7 +49,7 @@ def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     try:
         recipe = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
-        raise InputError(f"no recipe at {path}; the project's own: {', '.join(recipe_names())}") from error
+        raise InputError(f"no recipe at {path}; the package's own: {', '.join(recipe_names())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
@@ -99,7 +99,7 @@ def _recipe_value(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the project."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -118,6 +118,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser = build_parser()
     flags = parser.parse_args(argv)
     path = Path(flags.config) if flags.config else None
+    if flags.config in recipe_names() and not path.is_file():
+        path = RECIPES / f"{flags.config}.yaml"
     if path is None and flags.resume and flags.resume != "auto":
         path = resumed_folder(flags.resume) / SETTINGS
     recipe = RECIPE_OF.get(flags.model, flags.model)

@@ -22,6 +22,7 @@ from litvit.data.readers import open_train_and_val
 from litvit.data.token_labels import TokenLabels, soft_targets
 from litvit.processes import EXIT_INTERRUPTED, Processes
 from litvit.runs.folder import CHECKPOINT
+from litvit.training.build import build_trainer
 from litvit.training.recipe import parse_config
 from litvit.training.tasks import TokenLabelTask
 
@@ -276,12 +277,12 @@ def assert_same_weights(first, second):
 
 
 def run(*flags):
-    return train.build_trainer(parse_config([str(flag) for flag in flags])).run()
+    return build_trainer(parse_config([str(flag) for flag in flags])).run()
 
 
 def test_interrupted_the_run_ends_with_the_same_weights(flags, tmp_path):
     assert run(*flags, "--experiment", "whole") == 0
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     step = trainer.guard.step
 
     def step_and_signal(loss):

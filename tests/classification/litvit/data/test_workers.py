@@ -103,10 +103,14 @@ def test_a_killed_loader_process_is_found_by_the_wait_alone(num_workers):
     """It names what was read. torch's handler would raise wherever the program is."""
     list(DataLoader(Numbers(lambda: torch.tensor(6)), num_workers=1))  # has torch's handler set already
     batches = iter(loader(die, num_workers))
-    with pytest.raises(DeadLoaderError, match="a loader process was killed( by SIGKILL)? while it read image 6: "):
-        next(batches)  # it may be dead already
+
+    def wait_late():
+        next(batches)  # the process may be dead already
         time.sleep(3)  # it is by now
         list(batches)
+
+    with pytest.raises(DeadLoaderError, match="a loader process was killed( by SIGKILL)? while it read image 6: "):
+        wait_late()
 
 
 def test_a_loader_process_that_is_killed_while_it_sends_a_batch():

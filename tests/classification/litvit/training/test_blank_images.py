@@ -10,7 +10,7 @@ import train
 
 from litvit.runs.folder import CHECKPOINT
 from litvit.training import build
-from litvit.training.build import check_step
+from litvit.training.build import build_trainer, check_step
 from litvit.training.recipe import parse_config
 
 # An own model: a feature map of one value per channel, and what a test asks for.
@@ -99,7 +99,7 @@ def random_states():
 
 
 def test_nothing_changes(flags, run_main):
-    trainer = train.build_trainer(parse_config([*flags[:-4], *RANDOM.split(), *flags[-4:]]))
+    trainer = build_trainer(parse_config([*flags[:-4], *RANDOM.split(), *flags[-4:]]))
     trainer.task.get_trainable_module().stages[0].eval()
     with torch.no_grad():  # as in the middle of a run
         trainer.task.get_trainable_module().stages[1].downsample.norm.running_mean.fill_(0.3)
@@ -116,9 +116,9 @@ def test_nothing_changes(flags, run_main):
 
 def test_a_run_is_bit_for_bit_what_it_is_without_the_check(flags, tmp_path, monkeypatch):
     run = [*flags[:-4], *RANDOM.split()]
-    assert train.build_trainer(parse_config([*run, "--experiment", "checked", *flags[-4:]])).run() == 0
+    assert build_trainer(parse_config([*run, "--experiment", "checked", *flags[-4:]])).run() == 0
     monkeypatch.setattr(build, "check_step", lambda trainer: None)
-    assert train.build_trainer(parse_config([*run, "--experiment", "plain", *flags[-4:]])).run() == 0
+    assert build_trainer(parse_config([*run, "--experiment", "plain", *flags[-4:]])).run() == 0
     checked, plain = (torch.load(tmp_path / "out" / name / CHECKPOINT) for name in ("checked", "plain"))
     for weights in ("state_dict", "state_dict_ema"):
         assert checked[weights].keys() == plain[weights].keys()
@@ -143,7 +143,7 @@ def test_a_model_of_ones_own(digits, tmp_path, monkeypatch, run_main):
 
 @pytest.mark.gpu
 def test_the_random_numbers_of_a_gpu_stay_too(flags):
-    trainer = train.build_trainer(parse_config([*flags[:-4], *RANDOM.split(), *flags[-4:]]))
+    trainer = build_trainer(parse_config([*flags[:-4], *RANDOM.split(), *flags[-4:]]))
     before = torch.cuda.get_rng_state()
     check_step(trainer)
     assert torch.equal(before, torch.cuda.get_rng_state())

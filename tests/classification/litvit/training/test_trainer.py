@@ -28,20 +28,21 @@ from litvit import cli
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, StopSignals
 from litvit.runs.folder import BEST_WEIGHTS, CHECKPOINT, DIVERGED, PREVIOUS, load_checkpoint, read_description
+from litvit.training.build import build_trainer
 from litvit.training.recipe import parse_config
 
 CLASSIFICATION = Path(train.__file__).parent
 
 
 def run(*flags):
-    return train.build_trainer(parse_config([str(flag) for flag in flags])).run()
+    return build_trainer(parse_config([str(flag) for flag in flags])).run()
 
 
 @pytest.mark.parametrize("update", [1, 3, 4, 5])
 def test_interrupted_anywhere_the_run_ends_with_the_same_weights(
     flags, tmp_path, undisturbed, update, assert_same_weights
 ):
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     step = trainer.guard.step
 
     def step_and_signal(loss):
@@ -65,7 +66,7 @@ def test_interrupted_anywhere_the_run_ends_with_the_same_weights(
 
 
 def test_a_signal_during_validation_saves_and_validates_again(flags, tmp_path, undisturbed, assert_same_weights):
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     validate = trainer.validate
 
     def signalled():
@@ -181,7 +182,7 @@ def test_changed_settings_are_refused_by_name(undisturbed, tmp_path, flags, run_
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     flags, tmp_path, undisturbed, damage, capsys, assert_same_weights
 ):
-    trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
+    trainer = build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
     save_or_stop = trainer.saver.save_or_stop
 
     def stop_at_step_6(*args, **kwargs):
@@ -205,7 +206,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
 
 
 def test_a_bad_number_leaves_the_update_out(flags, tmp_path):
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     task = trainer.task.forward
     before = []
 
@@ -232,7 +233,7 @@ def test_a_bad_number_leaves_the_update_out(flags, tmp_path):
 
 
 def test_bad_numbers_without_end_stop_the_run_and_leave_the_checkpoint(flags, tmp_path):
-    trainer = train.build_trainer(parse_config([*flags, "--epochs", "4"]))
+    trainer = build_trainer(parse_config([*flags, "--epochs", "4"]))
     task = trainer.task.forward
 
     def forward(images, target):
@@ -259,7 +260,7 @@ def best_of(folder):
 @pytest.mark.parametrize("wrong", [{"loss": torch.nan}, {"loss": torch.inf}, {"top1": torch.nan}])
 def test_a_validation_that_is_not_finite_is_not_the_best(flags, tmp_path, wrong):
     """Of three epochs the second has the highest top-1, and a loss or top-1 that is no number."""
-    trainer = train.build_trainer(parse_config([*flags, "--epochs", "3"]))
+    trainer = build_trainer(parse_config([*flags, "--epochs", "3"]))
     validate, top1s, losses = trainer.validate, iter([10.0, 99.0, 20.0]), iter([{}, wrong, {}])
     trainer.validate = lambda: {**validate(), "loss": 2.0, "top1": next(top1s), **next(losses)}
     assert trainer.run() == 0
@@ -271,7 +272,7 @@ def test_a_validation_that_is_not_finite_is_not_the_best(flags, tmp_path, wrong)
 
 
 def test_a_run_that_was_never_finite_has_no_best_weights(flags, tmp_path, capsys):
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     validate = trainer.validate
     trainer.validate = lambda: {**validate(), "loss": torch.nan}
     assert trainer.run() == 0
@@ -404,7 +405,7 @@ def test_a_broken_image_whose_name_is_no_text_is_told_of(digits_copy, tmp_path, 
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monkeypatch, fault, capsys):
-    trainer = train.build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
+    trainer = build_trainer(parse_config([*flags, "--checkpoint-every", "1"]))
     save, folder = torch.save, tmp_path / "run"
     good = []
 
@@ -428,7 +429,7 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(flags, tmp_path, monk
 
 
 def test_a_signal_whose_save_fails_does_not_claim_to_be_saved(flags, tmp_path, monkeypatch, capsys):
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     step = trainer.guard.step
 
     def step_and_signal(loss):
@@ -482,7 +483,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_continues(
     def killed(report):
         raise RuntimeError("killed")
 
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     trainer.run_epoch = killed
     with pytest.raises(RuntimeError, match="killed"):
         trainer.run()
@@ -521,7 +522,7 @@ def test_a_killed_loader_process_ends_the_run_which_is_saved(
 ):
     """Also in the midst of a step's micro-batches, whose part of BatchNorm's statistics is taken back."""
     flags = [*flags, "-j", "1", "-b", str(20 // accum_steps), "--grad-accum-steps", str(accum_steps)]
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     loader, forward_backward = trainer.train_batches.loader, trainer.forward_backward
     before = {}
 
@@ -556,7 +557,7 @@ def test_a_read_that_hangs_does_not_keep_a_signal_waiting(
 ):
     flags = [str(digits_copy), *flags[1:], "-j", "1"]
     images = {path: path.read_bytes() for path in (digits_copy / "train").rglob("*.png")}
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
 
     def hang():
         for path in images:
@@ -581,7 +582,7 @@ def test_a_data_folder_that_is_gone_ends_the_run_which_is_saved(
     digits_copy, tmp_path, flags, undisturbed, assert_same_weights, run_main, workers, monkeypatch
 ):
     flags = [digits_copy, *flags[1:], "-j", workers]
-    trainer = train.build_trainer(parse_config([str(flag) for flag in flags]))
+    trainer = build_trainer(parse_config([str(flag) for flag in flags]))
     at_step(trainer, 3, lambda: digits_copy.rename(tmp_path / "away"))
     with pytest.raises(InputError, match=f"{digits_copy}.*repair or replace"):
         trainer.run()
@@ -593,7 +594,7 @@ def test_a_data_folder_that_is_gone_ends_the_run_which_is_saved(
 
 def test_best_weights_that_are_not_saved_are_tried_again(flags, tmp_path, monkeypatch, capsys):
     """Those of the first epoch, although the second one is worse."""
-    trainer = train.build_trainer(parse_config([*flags, "--epochs", "3"]))
+    trainer = build_trainer(parse_config([*flags, "--epochs", "3"]))
     validate, top1s = trainer.validate, iter([30.0, 10.0, 20.0])
     trainer.validate = lambda: {**validate(), "top1": next(top1s)}
     write, failures = safetensors.torch.save_file, iter([True])
@@ -629,7 +630,7 @@ def test_an_end_without_best_weights_does_not_claim_them(flags, tmp_path, monkey
 
 def test_weights_that_became_infinite_are_not_the_best(flags, tmp_path):
     """Their validation may be finite."""
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     validate = trainer.validate
 
     def spoil():
@@ -649,7 +650,7 @@ def test_weights_that_became_infinite_are_not_the_best(flags, tmp_path):
 
 def test_an_output_folder_that_is_deleted_is_made_again(flags, tmp_path, undisturbed, assert_same_weights, capsys):
     folder = tmp_path / "run"
-    trainer = train.build_trainer(parse_config(flags))
+    trainer = build_trainer(parse_config(flags))
     at_step(trainer, 6, lambda: shutil.rmtree(folder))
     assert trainer.run() == 0
     assert f"{folder} was deleted: it is made again, without its old files" in capsys.readouterr().out

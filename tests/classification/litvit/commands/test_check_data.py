@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from litvit.training import check_data
+from litvit.commands import check_data
 
 
 def test_check_data_lists_what_cannot_be_decoded(digits_copy, run_main):
@@ -48,8 +48,8 @@ def test_check_data_tells_what_is_left_out_scaled_and_turned(digits_copy, run_ma
 def test_check_data_prints_names_that_are_not_text(digits_copy, run_script):
     for name in (os.fsdecode(b"broken\xff.jpg"), "new\nline.jpg"):
         (digits_copy / "train" / "3" / name).write_bytes(b"no image")
-    module = ["-j", "0"]
-    outcome = run_script("litvit/training/check_data.py", digits_copy, *module, PYTHONIOENCODING="utf-8:strict")
+    command = ("litvit/__main__.py", "check-data", digits_copy, "-j", 0)
+    outcome = run_script(*command, PYTHONIOENCODING="utf-8:strict")
     assert outcome.status == 1
     assert r"train/3/broken\xff.jpg (no format" in outcome.out
     assert r"train/3/new\nline.jpg (no format" in outcome.out

@@ -1,4 +1,4 @@
-"""Read every image of a data set before a run: python -m litvit.training.check_data DATA_DIR."""
+"""Read every image of a data set before a run: litvit check-data DATA_DIR."""
 
 import itertools
 from collections import defaultdict
@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from litvit.cli import ArgumentParser, import_modules, run
+from litvit.cli import ArgumentParser, import_modules
 from litvit.data.dataset import Fault, Images, unreadable
 from litvit.data.listing import shorten
 from litvit.data.loader import default_workers
@@ -100,7 +100,6 @@ def check_images(images: Images | ImageStream, workers: int, name: str = "images
 def main(argv: Sequence[str] | None = None) -> int:
     """Check both splits. Returns 0 if every image can be read as it is, else 1."""
     parser = ArgumentParser(
-        prog="python -m litvit.training.check_data",
         usage="%(prog)s DATA_DIR [flags]",
         description="Read every image of a data set. List those that cannot be decoded, and say what is left out and "
         "what is converted. The exit status is 1 if an image cannot be decoded, or loses bits.",
@@ -134,7 +133,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = " + ".join(map(str, counts))
     print(f"{total} images in {num_classes} classes: {len(found[UNREADABLE])} {UNREADABLE}")
     return 1 if found[UNREADABLE] or found[SCALED] else 0
-
-
-if __name__ == "__main__":
-    run(main)

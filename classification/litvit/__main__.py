@@ -1,0 +1,43 @@
+"""The command line: litvit COMMAND [flags], or python -m litvit COMMAND [flags]. litvit --help lists the commands."""
+
+import difflib
+import importlib
+import os
+import sys
+
+# Name: module with `main(argv)`, and what it does.
+COMMANDS = {
+    "train": ("litvit.commands.train", "train an image classifier"),
+    "validate": ("litvit.commands.validate", "evaluate a checkpoint: top-1, top-5, loss, images/s"),
+    "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
+    "visualize-offset": ("litvit.commands.visualize_offset", "plot where deformable token merging reads"),
+    "check-data": ("litvit.commands.check_data", "read every image of a data set before a run"),
+    "demo-data": ("litvit.demo_data.__main__", "build a small data set without any download"),
+    "benchmark": ("litvit.commands.benchmark", "measure speed and memory of models and of their parts"),
+}
+
+
+def main() -> None:
+    """Run the command that the command line names, and exit with its status."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS)) + 2
+        print("usage: litvit COMMAND [flags]     (litvit COMMAND --help lists the flags)\n\ncommands:")
+        print("\n".join(f"  {command:{width}}{text}" for command, (_, text) in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        problem = f"unknown command {name!r}{hint}" if name else "which command?"
+        print(f"error: {problem} (litvit --help lists the commands)", file=sys.stderr)
+        sys.exit(2)
+    # Read when torch loads. Threads that spin while they wait would starve the loader processes on a CPU.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from litvit.cli import run
+
+    sys.argv = [f"litvit {name}", *arguments]
+    run(importlib.import_module(COMMANDS[name][0]).main)
+
+
+if __name__ == "__main__":
+    main()
