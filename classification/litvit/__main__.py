@@ -11,6 +11,7 @@ COMMANDS = {
     "validate": ("litvit.commands.validate", "evaluate a checkpoint: top-1, top-5, loss, images/s"),
     "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
     "visualize-offset": ("litvit.commands.visualize_offset", "plot where deformable token merging reads"),
+    "hub-folder": ("litvit.commands.hub_folder", "make a folder of a run's best weights for the Hugging Face Hub"),
     "check-data": ("litvit.commands.check_data", "read every image of a data set before a run"),
     "demo-data": ("litvit.demo_data.__main__", "build a small data set without any download"),
     "benchmark": ("litvit.commands.benchmark", "measure speed and memory of models and of their parts"),
