@@ -1,5 +1,6 @@
 """Make a folder of a run's best weights for the Hugging Face Hub: litvit hub-folder RUN FOLDER."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +110,11 @@ def make_folder(run: Path, folder: Path, data: str, licence: str = "apache-2.0",
     data_config["input_size"] = (about["in_chans"], *(size if isinstance(size, list) else (size, size)))
     names = {"label_names": about["classes"]} if about.get("classes") else {}
     save_for_hf(model, folder, model_config=names, safe_serialization=True, data_config=data_config)
+    # timm reads the number of classes from beside the arguments, and transformers refuses it among them.
+    path = folder / "config.json"
+    configuration = json.loads(path.read_text())
+    configuration["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(configuration, indent=2) + "\n")
     numel = sum(map(torch.numel, model.parameters()))
     (folder / "README.md").write_text(_card(about, settings, data, licence, repository, numel))
 
