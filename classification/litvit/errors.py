@@ -34,13 +34,17 @@ def require(extra: str, *packages: str) -> None:
 
     Args:
         extra: Extra of litvit that installs them, or several, with commas.
-        *packages: Names to import.
+        *packages: Names of packages, or of modules that older releases of them lack.
 
     Raises:
         MissingPackageError: one of them is not installed. The message says how to install it.
     """
     for package in packages:
-        if importlib.util.find_spec(package) is None:
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # a parent of it
+            found = None
+        if found is None:
             raise MissingPackageError(f'{package} is not installed: pip install "litvit[{extra}]"')
 
 
