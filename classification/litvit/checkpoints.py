@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from litvit.archives import begins_with, verify_archive
@@ -278,6 +277,8 @@ def keep_own_classifier(
 def adapt_channels(entries: dict[str, Tensor], model: nn.Module) -> tuple[int, int] | None:
     """Adapt the weights of the convolutions that read the image to the model's image channels, as timm does.
 
+    One channel gets the sum of those that the weights have. Other numbers get them in turn, scaled.
+
     Args:
         entries: State dict to load, changed in place.
         model: Model. Its pretrained_cfg names these convolutions. Without one it is the first.
@@ -295,10 +296,15 @@ def adapt_channels(entries: dict[str, Tensor], model: nn.Module) -> tuple[int, i
         # A convolution may read several pixels of the image as channels.
         wanted = getattr(model, "in_chans", conv.in_channels)
         held, rest = divmod(weight.shape[1] * conv.groups * wanted, conv.in_channels)
-        if not rest:
-            with contextlib.suppress(NotImplementedError):  # timm adapts weights for RGB alone; loading names others
-                entries[f"{name}.weight"] = adapt_input_conv(wanted, weight.detach(), base_chans=held)
-                adapted = held, wanted
+        if rest or not held or weight.shape[1] % held or (wanted > 1 and weight.shape[1] > held):
+            continue  # loading names it
+        pixels = weight.detach().float().unflatten(1, (-1, held))  # (O, pixels, held, kh, kw)
+        if wanted == 1:
+            new = pixels.sum(2)
+        else:
+            new = pixels[:, 0].repeat(1, -(-wanted // held), 1, 1)[:, :wanted] * (held / wanted)
+        entries[f"{name}.weight"] = new.to(weight.dtype)
+        adapted = held, wanted
     return adapted
 
 

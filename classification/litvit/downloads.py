@@ -1,6 +1,5 @@
 """Files of links, kept in torch.hub's folder: each is there whole, or not at all."""
 
-import fcntl
 import hashlib
 import os
 import re
@@ -19,6 +18,11 @@ from tqdm import tqdm
 
 from litvit.archives import begins_with, verify_archive
 from litvit.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 TIMEOUT = 60  # seconds without a byte
 _CHUNK = 2**20  # bytes
@@ -81,6 +85,9 @@ def fetch(source: str | Path, folder: str | Path | None = None) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a block. A lock ends with its process, however that ends."""
+    if fcntl is None:  # several processes fetch a file each, and the last one stays
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
