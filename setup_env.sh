@@ -11,7 +11,7 @@ Nothing is compiled. Running it again is quick; what is out of date is brought u
 was interrupted is made again.
 
   DIR       the environment's folder (default: LIT_VENV, else .venv next to this script)
-  --core    classification only (default: detection and segmentation too)
+  --core    classification only (default: detection, segmentation and export too)
 
   LIT_PYTHON names the Python of the environment, 3.10 to 3.14 (default: python3, else python3.13 ... python3.10)
 HELP
@@ -113,8 +113,8 @@ if [[ $mode == full ]]; then
     # mmcv's set-up compiles its operators where it sees torch. pip's isolated builds do not see it; its cache may hold
     # a compiled one from elsewhere.
     step "mmcv" pip install --no-cache-dir --build-constraint "$pins" --no-deps "$(grep '^onedl-mmcv==' "$pins")"
-    step "detection and segmentation" pip install --no-deps --no-build-isolation -r "$pins"
-    needs+=", cv2, litvit.openmmlab, mmcv.ops, mmdet.apis, mmseg.apis, torchmetrics"
+    step "detection, segmentation and export" pip install --no-deps --no-build-isolation -r "$pins"
+    needs+=", onnx, onnxruntime, onnxscript, openvino, cv2, litvit.openmmlab, mmcv.ops, mmdet.apis, mmseg.apis, torchmetrics"
 fi
 "$python" -I -c "import $needs" >>"$log" 2>&1 ||
     die "the environment does not import: $(tail -n 1 "$log"); remove $venv and run this again"

@@ -5,8 +5,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
-from litvit.cli import run
-from litvit.commands.make_token_labels import main
+from litvit.cli import command, run
+
+main = command("litvit.commands.make_token_labels")
 
 if __name__ == "__main__":
     run(main)

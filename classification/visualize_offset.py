@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Plot where token merging reads: visualize_offset.py --model lit_ti --resume FILE --vis_image FILE."""
 
-from litvit.cli import run
-from litvit.commands.visualize_offset import main
+from litvit.cli import command, run
+
+main = command("litvit.commands.visualize_offset")
 
 if __name__ == "__main__":
     run(main)

@@ -153,3 +153,9 @@ def test_the_speed_table_is_that_of_the_report():
         assert [inference, training, memory] == [measured[0], measured[2], measured[4]]
         (images,) = re.findall(rf"^\| {model} \|(?:[^|]*\|){{3}} (\d+) \|", readme, re.MULTILINE)
         assert images == speeds.split(" / ")[0]
+
+
+def test_the_description_of_the_wheel_has_no_relative_links_and_no_html():
+    """They are dead on a package index."""
+    text = re.sub(r"```.*?```", "", (ROOT / "docs/package.md").read_text(), flags=re.DOTALL)
+    assert re.findall(r"\]\((?!https://)|<[a-z]", text) == []

@@ -9,3 +9,4 @@ if [os.path.basename(word) for word in sys.orig_argv[-len(sys.argv) :][:1]] != [
     from litvit import models
 
 __all__ = ["models"]
+__version__ = "0.1.0"

@@ -1,9 +1,10 @@
 """The command line: litvit COMMAND [flags], or python -m litvit COMMAND [flags]. litvit --help lists the commands."""
 
 import difflib
-import importlib
 import os
 import sys
+
+from litvit import __version__
 
 # Name: module with `main(argv)`, and what it does.
 COMMANDS = {
@@ -12,10 +13,14 @@ COMMANDS = {
     "export": ("litvit.commands.export", "write a model for ONNX, OpenVINO and others, and compare it"),
     "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
     "visualize-offset": ("litvit.commands.visualize_offset", "plot where deformable token merging reads"),
+    "hub-folder": ("litvit.commands.hub_folder", "make a folder of a run's best weights for the Hugging Face Hub"),
     "check-data": ("litvit.commands.check_data", "read every image of a data set before a run"),
     "demo-data": ("litvit.demo_data.__main__", "build a small data set without any download"),
     "benchmark": ("litvit.commands.benchmark", "measure speed and memory of models and of their parts"),
 }
+
+
+USAGE = "usage: litvit COMMAND [flags]     (litvit COMMAND --help lists its flags; litvit --version)"
 
 
 def main() -> None:
@@ -23,8 +28,11 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS)) + 2
-        print("usage: litvit COMMAND [flags]     (litvit COMMAND --help lists the flags)\n\ncommands:")
-        print("\n".join(f"  {command:{width}}{text}" for command, (_, text) in COMMANDS.items()))
+        lines = [f"  {command:{width}}{text}" for command, (_, text) in COMMANDS.items()]
+        print("\n".join([USAGE, "", "commands:", *lines]))
+        return
+    if name == "--version":
+        print(f"litvit {__version__}")
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -34,10 +42,10 @@ def main() -> None:
         sys.exit(2)
     # Read when torch loads. Threads that spin while they wait would starve the loader processes on a CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from litvit.cli import run
+    from litvit.cli import command, run
 
     sys.argv = [f"litvit {name}", *arguments]
-    run(importlib.import_module(COMMANDS[name][0]).main)
+    run(command(COMMANDS[name][0]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import pickle
 import pickletools
 import re
 import textwrap
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from litvit.archives import begins_with, verify_archive
+from litvit.downloads import fetch
 from litvit.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
     """Read a checkpoint file by a function that runs no code in it.
 
     Args:
-        path: Checkpoint file.
+        path: Checkpoint file, or a link to it.
         read: Function of the path, such as torch.load with weights_only=True, or a reader of safetensors.
 
     Returns:
@@ -70,7 +70,7 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
     Raises:
         InputError: The file is missing, a folder, empty, truncated, no checkpoint, or contains code.
     """
-    path = Path(path)
+    path = fetch(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: name the checkpoint in it")
     if not path.is_file():
@@ -94,44 +94,6 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
                 f"{path} is a plain pickle or holds code{held}, which was not run: ask for weights alone (.safetensors)"
             ) from error
         raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
-
-
-def begins_with(path: str | Path, start: bytes) -> bool:
-    """Return whether a file begins with these bytes. An archive of torch.save begins with PK, 3 and 4."""
-    with open(path, "rb") as file:
-        return file.read(len(start)) == start
-
-
-def verify_archive(path: str | Path, *, checksums: bool = True) -> None:
-    """Verify a file of torch.save, a zip file, before torch reads it. torch looks at neither checksums nor sizes.
-
-    Args:
-        path: Zip file.
-        checksums: Whether the whole file is read and compared with its checksums.
-
-    Raises:
-        zipfile.BadZipFile: The file is damaged, cut off, or no zip file.
-        InputError: It would unpack to more than its own size. torch.save compresses nothing.
-        OSError: It cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            unpacked = sum(record.file_size for record in records)
-            packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-            packed |= unpacked > Path(path).stat().st_size
-            damaged = archive.testzip() if checksums and not packed else None
-    except OSError:
-        raise
-    except Exception as error:  # a damaged header can make zipfile raise nearly anything
-        raise zipfile.BadZipFile(str(error)) from error
-    if packed:
-        raise InputError(
-            f"{path} is a compressed archive of {unpacked / 2**20:.0f} MiB, and torch.save compresses nothing: save "
-            "the checkpoint again"
-        )
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"checksum of {damaged}")
 
 
 def read_state_dict(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -315,6 +277,8 @@ def keep_own_classifier(
 def adapt_channels(entries: dict[str, Tensor], model: nn.Module) -> tuple[int, int] | None:
     """Adapt the weights of the convolutions that read the image to the model's image channels, as timm does.
 
+    One channel gets the sum of those that the weights have. Other numbers get them in turn, scaled.
+
     Args:
         entries: State dict to load, changed in place.
         model: Model. Its pretrained_cfg names these convolutions. Without one it is the first.
@@ -332,10 +296,15 @@ def adapt_channels(entries: dict[str, Tensor], model: nn.Module) -> tuple[int, i
         # A convolution may read several pixels of the image as channels.
         wanted = getattr(model, "in_chans", conv.in_channels)
         held, rest = divmod(weight.shape[1] * conv.groups * wanted, conv.in_channels)
-        if not rest:
-            with contextlib.suppress(NotImplementedError):  # timm adapts weights for RGB alone; loading names others
-                entries[f"{name}.weight"] = adapt_input_conv(wanted, weight.detach(), base_chans=held)
-                adapted = held, wanted
+        if rest or not held or weight.shape[1] % held or (wanted > 1 and weight.shape[1] > held):
+            continue  # loading names it
+        pixels = weight.detach().float().unflatten(1, (-1, held))  # (O, pixels, held, kh, kw)
+        if wanted == 1:
+            new = pixels.sum(2)
+        else:
+            new = pixels[:, 0].repeat(1, -(-wanted // held), 1, 1)[:, :wanted] * (held / wanted)
+        entries[f"{name}.weight"] = new.to(weight.dtype)
+        adapted = held, wanted
     return adapted
 
 

@@ -87,6 +87,14 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     leave(tell_the_launcher(status))
 
 
+def command(module: str) -> Callable[[Sequence[str] | None], int | None]:
+    """Return the `main` of a module, which is imported when that is called.
+
+    Then `run` tells of a package that is not installed in one line too.
+    """
+    return lambda argv=None: importlib.import_module(module).main(argv)
+
+
 def _open_standard_streams() -> None:
     """Open standard streams that are closed, else the next files that are opened would take their places."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):

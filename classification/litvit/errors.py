@@ -1,5 +1,6 @@
 """`InputError`: wrong input, reported in one line. What comes from the user's own code is not wrong input."""
 
+import importlib.util
 import os
 import re
 import sys
@@ -22,6 +23,29 @@ class InputError(ValueError):
             message = message.strip().splitlines()[-1]
             message = message.removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
         super().__init__(printable(message))
+
+
+class MissingPackageError(InputError, ImportError):
+    """A package is not installed that comes with an extra of litvit."""
+
+
+def require(extra: str, *packages: str) -> None:
+    """Check that packages are installed. The `__init__.py` of what needs more than the models do calls this.
+
+    Args:
+        extra: Extra of litvit that installs them, or several, with commas.
+        *packages: Names of packages, or of modules that older releases of them lack.
+
+    Raises:
+        MissingPackageError: one of them is not installed. The message says how to install it.
+    """
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # a parent of it
+            found = None
+        if found is None:
+            raise MissingPackageError(f'{package} is not installed: pip install "litvit[{extra}]"')
 
 
 def printable(name: str | os.PathLike) -> str:

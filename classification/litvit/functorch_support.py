@@ -4,12 +4,11 @@ import torch
 from torch.autograd import forward_ad
 
 
+@torch.compiler.assume_constant_result
 def transforms_are_active() -> bool:
     """Return whether a transform of torch.func (vmap, grad, jvp, ...) or `forward_ad.dual_level` is running.
 
     Fused operators then give way to plain operations, which have every derivative and a rule for vmap.
     """
-    if torch.compiler.is_compiling():
-        return False
-    # As torch.autograd.Function decides how it is applied. There is no public name for it.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    # There are no public names for these.
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0

@@ -80,6 +80,14 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(
     assert_same_weights(tmp_path / "run", undisturbed_pair)
 
 
+def test_torchrun_and_the_console_command_give_the_same_weights(flags, tmp_path, assert_same_weights, undisturbed_pair):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(CLASSIFICATION), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "litvit", "train", *flags, "-b", "10"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert_same_weights(tmp_path / "run", undisturbed_pair)
+
+
 def test_a_dead_process_ends_the_others_and_is_named(launch, tmp_path):
     process = launch("--epochs", "500", MAX_RESTARTS="0")
     kill_rank(1, tmp_path)

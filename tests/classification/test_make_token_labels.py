@@ -271,8 +271,8 @@ def test_images_that_cannot_be_decoded_are_named_and_the_others_labelled(digits_
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ([], r"one of the arguments --checkpoint --pretrained is required .*"),
-        (["--pretrained", "--checkpoint", "{teacher}"], r"argument --checkpoint: not allowed with .*"),
+        ([], r"which weights\? --checkpoint FILE, or --pretrained for the published ones"),
+        (["--pretrained", "--checkpoint", "{teacher}"], r"which weights\? --checkpoint FILE, or --pretrained .*"),
         (["--checkpoint", "{tmp}/none.pth", "--model", "lit_s"], r"no checkpoint at .*none.pth"),
         (["--checkpoint", "{tmp}/plain.pth"], r"which model is the teacher\? --model NAME"),
         (["--checkpoint", "{teacher}", "--model", "lit_x"], r"unknown model 'lit_x'.*"),
@@ -285,7 +285,7 @@ def test_images_that_cannot_be_decoded_are_named_and_the_others_labelled(digits_
         (["--checkpoint", "{tmp}/plain.pth", "--model", "resnet18"], r".* holds 7 classes, the model has 10.*"),
         (["--checkpoint", "{tmp}/pit.pth", "--model", "pit_ti_224"], r".* its 0 last tokens are no map.*"),
         (["--checkpoint", "{tmp}/nan.pth", "--model", "resnet18", "--img-size", "32"], r"the teacher's scores.*"),
-        (["--pretrained", "--model", "lit_s"], r"lit_s: .*[Pp]retrained.*"),
+        (["--pretrained", "--model", "lvt"], r"lvt: the weights of lvt lie behind a page .*, save it as .*"),
     ],
 )
 def test_wrong_flags_are_one_line(tmp_path, teacher, run, flags, says):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from litvit.downloads import kept_file
 from litvit.runs.folder import read_description
 from litvit.training.build import build_trainer
 from litvit.training.recipe import parse_config
@@ -139,6 +141,41 @@ def test_initial_checkpoint_of_other_classes_gets_a_new_classifier(
     tuned, start = load_file(tmp_path / "fine" / "model_best.safetensors"), load_file(weights)
     assert tuned["head.weight"].shape[0] == 9
     assert torch.equal(tuned["stages.0.blocks.0.mlp.fc1.weight"], start["stages.0.blocks.0.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_published_weights_of_other_classes(published, digits, tmp_path, monkeypatch, run_main, link):
+    """By name, or by a link. A resumed run needs them no more."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    address = timm.get_pretrained_cfg("lit_ti").url
+    kept_file(address).parent.mkdir(parents=True)
+    torch.save({"model": published("lit_ti")}, kept_file(address))
+    start = ["--initial-checkpoint", address] if link else ["--pretrained"]
+    flags = ["--model", "lit_ti", "--img-size", 32, "-b", 40, "-j", 0, *start, "--lr", 0, "--warmup-lr", 0]
+    flags = [
+        *flags,
+        "--min-lr",
+        0,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--cooldown-epochs",
+        0,
+        "--resume",
+        "auto",
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+    ]
+    outcome = run_main(train, digits, *flags)
+    assert outcome.status == 0, outcome.err
+    tuned = load_file(tmp_path / "run" / "model_best.safetensors")
+    assert torch.equal(tuned["stages.0.blocks.0.mlp.fc1.weight"], published("lit_ti")["block1.0.mlp.fc1.weight"])
+    assert tuned["head.weight"].shape[0] == 10
+    shutil.rmtree(tmp_path / "torch")
+    assert "has ended" in run_main(train, digits, *flags).out
 
 
 def test_two_processes_are_one_process(digits, tmp_path, tiny_flags, run_main, run_script):
@@ -273,6 +310,9 @@ def write_code(path):
         (["--device", "cuda:77"], r"--device cuda:77"),
         (["--dataset", "nothing/here"], r"the readers are hfds/NAME"),
         (["--initial-checkpoint", "{tmp}/none.pth"], r"no checkpoint at"),
+        (["--initial-checkpoint", "http://127.0.0.1:1/none.pth"], r"cannot fetch http\S+: .*refused"),
+        (["--initial-checkpoint", "{tmp}/none.pth", "--pretrained"], r"give one of them"),
+        (["--model-kwargs", "pretrained=True"], r"use --pretrained"),
         (["--initial-checkpoint", "{tmp}/short.pth"], r"truncated"),
         (["--initial-checkpoint", "{tmp}/code.pth"], r"code.*not run"),
         (["--resume", "{tmp}/none"], r"no run there"),

@@ -10,8 +10,10 @@ import torch
 import validate
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from server import serve
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from litvit.downloads import kept_file
 from litvit.runs.folder import read_description, save_weights
 
 KWARGS = {"dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
@@ -69,6 +71,42 @@ def test_numbers_are_those_of_plain_code(digits, tiny, weights, tmp_path, run_ma
     assert result["images"] == 40
     assert result["images_per_second"] > 0
     assert (result["model"], result["img_size"], result["num_classes"]) == ("lit_ti", 32, 10)
+
+
+def test_a_link_knows_its_model_too(digits, weights, tmp_path, monkeypatch, run_main):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with serve(weights.parent) as server:
+        link = f"{server.address}/{weights.name}"
+        outcomes = [run_main(validate, digits, "--checkpoint", source, "-j", 0) for source in (link, weights)]
+    first, second = (json.loads(outcome.out) for outcome in outcomes)
+    assert (first["checkpoint"], first["top1"]) == (link, second["top1"])
+    assert len(server.asked) == 1
+
+
+def test_the_published_weights(digits, published, tmp_path, monkeypatch, run_main):
+    """On data with some of their classes, which a class map numbers."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    address = timm.get_pretrained_cfg("lit_ti").url
+    kept_file(address).parent.mkdir(parents=True)
+    torch.save({"model": published("lit_ti")}, kept_file(address))
+    flags = [digits, "--model", "lit_ti", "--pretrained", "--img-size", 32, "--crop-pct", 1, "-j", 0]
+    outcome = run_main(validate, *flags)
+    assert outcome.status == 2
+    assert "the pretrained lit_ti knows 1000 classes, " in outcome.err
+    numbers = {str(digit): 100 * digit for digit in range(10)}
+    names = [f"{number // 100}" if number % 100 == 0 else f"other {number}" for number in range(1000)]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    outcome = run_main(validate, *flags, "--num-classes", 1000, "--class-map", tmp_path / "classes.txt")
+    assert outcome.status == 0, outcome.err
+    model = timm.create_model("lit_ti", img_size=32).eval()
+    model.load_state_dict(published("lit_ti"))
+    result = json.loads(outcome.out)
+    assert (result["checkpoint"], result["num_classes"]) == ("pretrained", 1000)
+    images = [normalize(pil_to_tensor(Image.open(path)) / 255, *norm(model)) for path in digits.glob("val/*/*.png")]
+    target = torch.tensor([numbers[path.parent.name] for path in digits.glob("val/*/*.png")])
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(model(torch.stack(images)), target).item()
+    assert result["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["bare", "model", "module", "safetensors"])
@@ -176,6 +214,7 @@ def norm(model):
     ("flags", "says"),
     [
         (["--checkpoint", "{tmp}/none.pth"], "no checkpoint at"),
+        ([], r"which weights\? --checkpoint FILE, or --pretrained for the published ones"),
         (["--checkpoint", "{tmp}"], "is a folder"),
         (["--checkpoint", "{tmp}/empty.pth"], "is empty"),
         (["--checkpoint", "{tmp}/short.safetensors"], "truncated"),

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import forked
 import pytest
+import timm
 import torch
 from PIL import Image
+from server import serve
 
 from litvit.demo_data import SceneSettings, build
+from litvit.downloads import kept_file
 from litvit.errors import InputError
 from litvit.openmmlab.tools import run_tool
 
@@ -196,11 +199,32 @@ def test_no_checkpoint_runs_code_when_it_is_resumed(config, trained, tmp_path):
     assert not (tmp_path / "run-by-the-checkpoint").exists()
 
 
-def test_evaluation_of_a_trained_detector(config, trained, tmp_path):
-    done = run("dist_test.sh", config, trained / "epoch_1.pth", 2, "--work-dir", tmp_path)
+def test_evaluation_of_a_trained_detector(config, trained, tmp_path, monkeypatch):
+    """By a link, which one of the processes fetches."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with serve(trained) as server:
+        done = run("dist_test.sh", config, f"{server.address}/epoch_1.pth", 2, "--work-dir", tmp_path)
     assert done.status == 0, done.err
+    assert len(server.asked) == 1
     (numbers,) = tmp_path.glob("*/*.json")
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50"} <= json.loads(numbers.read_text()).keys()
+
+
+def test_imagenet_weights_that_are_not_there_are_fetched(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    link = timm.get_pretrained_cfg("lit_s").url
+    kept_file(link).parent.mkdir(parents=True)
+    torch.save(timm.create_model("lit_s", num_classes=2).state_dict(), kept_file(link))
+    settings = "_base_.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='pretrained/lit_s.pth')"
+    (tmp_path / "begun.py").write_text(f"_base_ = '{config}'\n{settings}\n")
+    done = run("train.py", tmp_path / "begun.py", "--work-dir", tmp_path / "run")
+    assert done.status == 2
+    assert f"pretrained/lit_s.pth is not there: the published weights are used, {link}\n" in done.err
+    assert f"error: {link} does not fit lit_ti: these are the weights of lit_s" in done.err
+    (tmp_path / "begun.py").write_text((tmp_path / "begun.py").read_text().replace("lit_s.pth", "lvt.pth"))
+    done = run("train.py", tmp_path / "begun.py", "--work-dir", tmp_path / "run")
+    assert done.status == 2
+    assert "error: no ImageNet weights at pretrained/lvt.pth: the weights of lvt lie behind a page" in done.err
 
 
 def test_time_augmentation_of_boxes(config, trained, tmp_path):
@@ -348,7 +372,11 @@ def test_wrong_input_of_predict_is_one_line(config, trained, run_main, tmp_path)
             ["{config}", "--cfg-options", "val_evaluator.ann_file={other_images}"],
             "other.json has no image 1, but ",
         ),
-        ("train", ["{retinanet}"], "no ImageNet weights at pretrained/lit_ti.pth"),
+        (
+            "train",
+            ["{retinanet}", "--cfg-options", "model.backbone.init_cfg.checkpoint=none.pth"],
+            "no ImageNet weights at none.pth",
+        ),
         (
             "test",
             ["{config}", "{checkpoint}", "--cfg-options", "model.backbone.depths=(1,1,2,1)"],

@@ -1,1 +1,5 @@
-"""What benchmark.py measures: classifiers, merging, attention, dense backbones and the input pipeline."""
+"""What the benchmark command measures: classifiers, merging, attention, dense backbones and the input pipeline."""
+
+from litvit.errors import require
+
+require("demo", "sklearn", "tqdm")

@@ -28,7 +28,7 @@ from litvit.training.flags import (
     add_precision_flags,
     parse_with_checkpoint,
 )
-from litvit.training.model import ModelConfig, PrecisionConfig, data_settings
+from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings
 
 DESCRIPTION = """\
 Make label files for training with token labels (train.py --token-label --token-label-data OUTPUT): the class scores of
@@ -66,9 +66,7 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("data_dir", metavar="DATA_DIR", help="folder with train/ or train.tar, as for train.py")
     add("output", metavar="OUTPUT", type=Path, help="folder of the label files")
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--checkpoint", metavar="FILE", help="the teacher's weights: .safetensors, .pth, last.pth")
-    weights.add_argument("--pretrained", action="store_true", help="the weights that timm has for it")
+    add("--checkpoint", metavar="FILE", help="the teacher's weights, a file or a link: .safetensors, .pth, last.pth")
     add("--device", metavar="NAME", help="cuda, cpu ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
     group = parser.add_argument_group("data")
@@ -100,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{settings.split}: {note}", file=sys.stderr)
     files = label_files(images)
     num_classes = teacher.count_classes(images, settings)
-    model = teacher.build_teacher(config, num_classes, settings.checkpoint, settings.data_dir).eval()
+    model = build_trained_model(config, num_classes, settings.checkpoint, settings.data_dir).eval()
     data_config = data_settings(config, model)
     images.transform = teacher.whole_image_transform(data_config)
     description = {

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from timm.data import RealLabelsImagenet
 
-from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser
 from litvit.data.loader import eval_loader
 from litvit.data.readers import DataConfig, class_names, open_for_evaluation, train_classes
@@ -29,13 +28,13 @@ from litvit.training.flags import (
     add_precision_flags,
     parse_with_checkpoint,
 )
-from litvit.training.model import ModelConfig, PrecisionConfig, build_model, data_settings, image_size
+from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings, image_size
 
 
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What it leaves open comes from the checkpoint's own description, if it has one."""
     parser = ArgumentParser(
-        usage="%(prog)s DATA_DIR --model NAME --checkpoint FILE [flags]",
+        usage="%(prog)s DATA_DIR --model NAME (--checkpoint FILE | --pretrained) [flags]",
         description="Evaluate a checkpoint: top-1, top-5, loss, images/s. The weights of a training run "
         "(model_best.safetensors) know their model, image size and normalisation; flags override them.",
         formatter_class=HelpFormatter,
@@ -43,7 +42,7 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("data_dir", metavar="DATA_DIR", help="folder with val/ (or a folder of classes itself, as ImageNet-V2's)")
-    add("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pth, last.pth of a run")
+    add("--checkpoint", metavar="FILE", help="weights, a file or a link: .safetensors, .pth, last.pth of a run")
     add("--results-file", metavar="FILE", help="file for the result, as JSON")
     add("--real-labels", nargs="?", const="", metavar="FILE", help="count by ImageNet-Real's labels too (timm's copy)")
     add("--device", metavar="NAME", help="cuda, cpu ... (cuda if available)")
@@ -82,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(
             f"{data.data_dir} has {counted} classes, the model {num_classes}: --class-map FILE says which is which"
         )
-    model = build_model(config, num_classes)
-    load_weights(model, settings.checkpoint)
+    model = build_trained_model(config, num_classes, settings.checkpoint, data.data_dir)
     model.to(device)
     data_config = data_settings(config, model)
     check_scores(model, config, precision, data_config["input_size"], num_classes, device)
@@ -100,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics = evaluate(model, loader, processes, precision.autocast(device), real_labels=real_labels)
     result = {
         "model": config.model,
-        "checkpoint": str(settings.checkpoint),
+        "checkpoint": settings.checkpoint or "pretrained",
         "data": str(data.data_dir),
         "images": metrics.pop("images"),
         "num_classes": num_classes,

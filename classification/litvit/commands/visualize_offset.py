@@ -29,12 +29,13 @@ from litvit.training.model import ModelConfig, data_settings
 FOLDER = Path("visualization")
 
 
-def build_model(name: str, checkpoint: str, img_size: tuple[int, int] | None, model_kwargs: dict) -> nn.Module:
+def build_model(name: str, checkpoint: str | None, img_size: tuple[int, int] | None, model_kwargs: dict) -> nn.Module:
     """Build a LIT without a classifier and load a checkpoint.
 
     Args:
         name: Name of the model.
-        checkpoint: Checkpoint file, any that `litvit validate` takes, with any number of classes.
+        checkpoint: Checkpoint, any that `litvit validate` takes, with any number of classes. None for the published
+            weights.
         img_size: Height and width of the image to plot, None for the model's own.
         model_kwargs: Further arguments of the model.
 
@@ -47,12 +48,14 @@ def build_model(name: str, checkpoint: str, img_size: tuple[int, int] | None, mo
         merging_modules(model)
         # Resize position tables once, from the checkpoint's size to the image's, if the model can have that size.
         if img_size is not None and not any(side % model.total_stride for side in img_size):
-            model = create_model(name, **kwargs, img_size=img_size)
+            kwargs["img_size"] = img_size
+        model = create_model(name, pretrained=checkpoint is None, **kwargs)
     except TypeError as error:
         if is_from_user_code(error):
             raise
         raise InputError(f"{name} cannot be built with {model_kwargs}: {error}") from error
-    load_weights(model, checkpoint)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
     return model
 
 
@@ -78,13 +81,13 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]
         "green square of a regular grid, the 64 locations as red dots) and an overview of all tokens.",
     )
     add = parser.add_argument
-    add("--resume", dest="checkpoint", required=True, metavar="FILE", help="checkpoint, any that validation takes")
+    add("--resume", dest="checkpoint", metavar="FILE", help="checkpoint, any that validation takes")
     image = {"default": str(FOLDER / "demo.JPEG"), "metavar": "FILE", "help": "image (visualization/demo.JPEG)"}
     add("--vis_image", "--vis-image", **image)
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
     add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
-    names = ("model", "imports", "img_size", "model_kwargs", "in_chans", "exif_transpose", "mean", "std")
+    names = ("model", "pretrained", "imports", "img_size", "model_kwargs", "in_chans", "exif_transpose", "mean", "std")
     add_flags(parser, ModelConfig, only=names)
     args = parse_with_checkpoint(parser, argv)
     config = take(ModelConfig, vars(args))

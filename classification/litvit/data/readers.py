@@ -151,7 +151,8 @@ def open_images(
                 stream.check()
                 return stream
         except ImportError as error:
-            raise InputError(f"--dataset {config.dataset} needs a package: pip install {error.name}") from error
+            message = f'--dataset {config.dataset} needs packages: pip install "litvit[data]" ({error})'
+            raise InputError(message) from error
         except InputError:
             raise
         except Exception as error:  # the libraries raise many kinds of errors for what is missing or broken

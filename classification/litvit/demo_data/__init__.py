@@ -10,6 +10,10 @@ at every pixel; `build` writes scenes in the layout of ImageNet, COCO (instances
 training and validation show different source digits.
 """
 
+from litvit.errors import require
+
+require("demo", "sklearn")
+
 from litvit.demo_data.layouts import MARKER, PALETTE, SEGMENTATION_CLASSES, TASKS, SceneSettings, Settings, build
 from litvit.demo_data.scenes import (
     BACKGROUNDS,

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litvit.checkpoints import keep_own_classifier
+from litvit.checkpoints import keep_own_classifier, load_weights
+from litvit.downloads import cache_folder, fetch
 from litvit.errors import InputError
 
 try:
@@ -136,6 +137,17 @@ class Backbone(nn.Module, ABC):
         if global_pool not in choices:
             raise InputError(f"global_pool must be one of {', '.join(map(repr, choices))}, got {global_pool!r}")
         self.global_pool = global_pool
+
+    def load_pretrained(self, file: str) -> None:
+        """Load published weights, also for other classes, image sizes or image channels.
+
+        Args:
+            file: Checkpoint file, or a link to it.
+
+        Raises:
+            InputError: The file cannot be read, or holds weights of another model.
+        """
+        load_weights(self, file, new_classifier=True)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -349,23 +361,53 @@ def create_backbone(
     Args:
         cls: Class of the model.
         variant: Name of the variant.
-        pretrained: Whether to load pretrained weights.
+        pretrained: Whether to load pretrained weights: the published ones, or those that `pretrained_cfg` or
+            `pretrained_cfg_overlay` name.
         **kwargs: Arguments of the class, and of timm's `build_model_with_cfg`.
-    """
 
+    Raises:
+        InputError: Arguments do not fit, or the weights cannot be fetched.
+    """
+    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    published = pretrained and not (cfg.source or cfg.file or cfg.hf_hub_id or cfg.state_dict) and cfg.origin_url
+    if published:  # timm's own downloads may be cut off, and its reader refuses what others save beside weights
+        file = fetch(published_weights(cfg), kwargs.get("cache_dir"))
+        overlay = {**overlay, "file": str(file), "custom_load": True}
     feature_cfg = {"out_indices": (0, 1, 2, 3)}
     if "feature_cls" in kwargs:  # one of timm's: maps are the stages' outputs, (B, h, w, C)
         feature_cfg["flatten_sequential"] = True
     else:
         feature_cfg |= {"feature_cls": BackboneFeatures, "output_fmt": "NCHW"}
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         partial(_build_dense, cls) if kwargs.get("features_only") else cls,
         variant,
         pretrained,
         pretrained_filter_fn=lambda state_dict, _: cls.from_published(state_dict),
         feature_cfg=feature_cfg,
+        pretrained_cfg_overlay=overlay,
         **kwargs,
     )
+    if published:
+        model.pretrained_cfg.update(file=cfg.file, custom_load=cfg.custom_load)
+    return model
+
+
+def published_weights(cfg: PretrainedCfg) -> str:
+    """Return the link of a model's published weights, or the file that a user has saved where there is no link.
+
+    Raises:
+        InputError: There is neither.
+    """
+    if cfg.url:
+        return cfg.url
+    file = cache_folder() / f"{cfg.architecture.removesuffix('_cls')}.pth"
+    if not file.is_file():
+        raise InputError(
+            f"the weights of {cfg.architecture} lie behind a page that no program can fetch: {cfg.origin_url} leads to "
+            f"the ImageNet checkpoint, save it as {file}"
+        )
+    return str(file)
 
 
 def _build_dense(cls: type[Backbone], **kwargs) -> Backbone:

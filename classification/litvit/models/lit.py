@@ -472,11 +472,18 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
     return x if are_static(bottom, right) and not (bottom or right) else F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
-def _cfg() -> dict:
-    return default_cfg(fixed_input_size=True, first_conv="patch_embed.proj")
+def _cfg(name: str) -> dict:
+    return default_cfg(
+        url=f"https://github.com/ziplab/LIT/releases/download/v1.0/{name}.pth",
+        origin_url="https://github.com/ziplab/LIT",
+        paper_name="Less is More: Pay Less Attention in Vision Transformers",
+        paper_ids="arXiv:2105.14217",
+        fixed_input_size=True,
+        first_conv="patch_embed.proj",
+    )
 
 
-default_cfgs = generate_default_cfgs({"lit_ti": _cfg(), "lit_s": _cfg(), "lit_m": _cfg(), "lit_b": _cfg()})
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in ("lit_ti", "lit_s", "lit_m", "lit_b")})
 
 
 @register_model

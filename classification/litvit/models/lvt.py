@@ -543,13 +543,19 @@ class LVT(Backbone):
         return scores, _mix(token_scores.unflatten(1, mix_mask.shape), mix_mask).flatten(1, 2)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "lvt": default_cfg(
-            crop_pct=0.96, first_conv="stages.0.patch_embed.proj", classifier=("head", "aux_head"), pool_size=None
-        )
-    }
-)
+def _cfg() -> dict:
+    return default_cfg(
+        origin_url="https://github.com/Chenglin-Yang/LVT",
+        paper_name="Lite Vision Transformer with Enhanced Self-Attention",
+        paper_ids="arXiv:2112.10809",
+        crop_pct=0.96,
+        first_conv="stages.0.patch_embed.proj",
+        classifier=("head", "aux_head"),
+        pool_size=None,
+    )
+
+
+default_cfgs = generate_default_cfgs({"lvt.in1k": _cfg(), "lvt_cls.in1k": _cfg()})
 
 
 @register_model
@@ -561,4 +567,4 @@ def lvt(pretrained: bool = False, **kwargs) -> LVT | BackboneFeatures:
 @register_model
 def lvt_cls(pretrained: bool = False, **kwargs) -> LVT | BackboneFeatures:
     """LVT under the name that the published commands use."""
-    return lvt(pretrained, **kwargs)
+    return create_backbone(LVT, "lvt_cls", pretrained, **kwargs)

@@ -8,12 +8,11 @@ Importing this package (`custom_imports = dict(imports=["litvit.openmmlab"])` in
 - makes `mmseg::` in a config's `_base_` find OneDL's package of mmsegmentation.
 """
 
-from litvit.errors import InputError
+from litvit.errors import require
 
-try:
-    from mmengine.config.utils import MODULE2PACKAGE
-except ImportError as error:
-    raise InputError(f"mmengine is needed ({error}): run ./setup_env.sh") from error
+require("detection,segmentation", "mmengine", "mmcv")
+
+from mmengine.config.utils import MODULE2PACKAGE
 
 from litvit.openmmlab.backbones import LIT, LVT
 from litvit.openmmlab.checkpoints import load_from_file, load_from_url

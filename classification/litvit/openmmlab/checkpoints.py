@@ -7,7 +7,6 @@ history also pickles four of its own methods, as calls of `getattr`. The real `g
 anything; `_statistic` replaces it, hands out these four methods and refuses everything else.
 """
 
-import hashlib
 import os
 import re
 import sys
@@ -18,19 +17,17 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
-from urllib.parse import urlparse
 
 import numpy as np
-import safetensors
 import torch
-from mmengine.dist import barrier
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from litvit.checkpoints import begins_with, mismatch, read_checkpoint, verify_archive
+from litvit.archives import verify_archive
+from litvit.checkpoints import mismatch, read_checkpoint
+from litvit.downloads import fetch
 from litvit.errors import InputError
 from litvit.models import identify_model, translate_published
 from litvit.processes import is_primary
@@ -111,45 +108,6 @@ def load_from_url(url: str, map_location: Any = None) -> dict:
 def local_rank() -> int:
     """Return the rank of this process on its machine, as torchrun or Slurm sets it; 0 if it is the only one."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-
-
-def fetch(source: str) -> Path:
-    """Return the file of a path or a link. A link's file is kept in torch.hub's folder, in a folder for that link.
-
-    Raises:
-        InputError: The link cannot be fetched.
-    """
-    if not source.startswith(("http://", "https://")):
-        return Path(source).expanduser()
-    folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(source.encode()).hexdigest()[:16])
-    file = folder / (Path(urlparse(source).path).name or "checkpoint")
-    try:
-        if local_rank() == 0 and not (file.exists() and _is_whole(file)):
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(source, str(file), progress=False)
-            if not _is_whole(file):
-                file.unlink()
-                raise InputError(f"cannot fetch {source}: what came is cut off, or no checkpoint")
-    except (OSError, URLError) as error:
-        raise InputError(f"cannot fetch {source}: {error}") from error
-    finally:
-        barrier()
-    if not file.exists():
-        raise InputError(f"cannot fetch {source}")
-    return file
-
-
-def _is_whole(file: Path) -> bool:
-    """Return whether a file is a checkpoint, and neither cut off nor damaged as far as its format can tell."""
-    try:
-        if begins_with(file, b"PK\x03\x04"):
-            verify_archive(file)
-        elif not begins_with(file, b"\x80"):  # torch's format before version 1.6
-            with safetensors.safe_open(file, framework="pt"):
-                pass
-    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError):
-        return False
-    return True
 
 
 def load_or_explain(model: nn.Module, entries: dict[str, Tensor], arch: str) -> str | None:

@@ -247,7 +247,8 @@ def import_package(package: str) -> Path:
             importlib.import_module("litvit.openmmlab.coco")
         return folder
     except (ImportError, AssertionError) as error:  # mmdet asserts mmcv's version
-        raise InputError(f"{package} and mmcv are needed ({error}): run ./setup_env.sh") from error
+        extra = "detection" if package == "mmdet" else "segmentation"
+        raise InputError(f'{package} and mmcv are needed ({error}): pip install "litvit[{extra}]"') from error
 
 
 @cache

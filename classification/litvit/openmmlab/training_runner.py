@@ -13,10 +13,13 @@ from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.runner import BaseLoop, ValLoop
+from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import DataLoader
 
+from litvit.downloads import is_link
 from litvit.errors import InputError, is_from_user_code, one_line
+from litvit.models.backbone import published_weights
 from litvit.openmmlab.checkpoint_hook import NotSaved, save_before_deleting
 from litvit.openmmlab.checkpoints import (
     latest_checkpoint,
@@ -26,7 +29,7 @@ from litvit.openmmlab.checkpoints import (
 from litvit.openmmlab.loops import ExactEpochs, ExactIterations, ExactValidation, make_exact
 from litvit.openmmlab.runner import CheckedRunner
 from litvit.openmmlab.step_guard import GuardedSteps, guard_steps
-from litvit.processes import LAUNCHER
+from litvit.processes import LAUNCHER, is_primary
 from litvit.runs.folder import CHECKPOINT, DIVERGED, PREVIOUS, interval, replace_file
 from litvit.training.step_guard import Diverged
 
@@ -209,12 +212,8 @@ class TrainingRunner(ResumableRunner):
         weights = init_cfg.get("checkpoint", "") if isinstance(init_cfg, dict) else ""
         if weights and cfg.get("load_from"):
             cfg.model.backbone.init_cfg = None  # the weights of a whole detector are loaded instead
-        elif weights and "://" not in weights and not Path(weights).expanduser().is_file():
-            raise InputError(
-                f"no ImageNet weights at {weights}: put them there, name others by --cfg-options "
-                "model.backbone.init_cfg.checkpoint=FILE, or start from scratch by --cfg-options "
-                "model.backbone.init_cfg=None"
-            )
+        elif weights and not is_link(weights) and not Path(weights).expanduser().is_file():
+            cfg.model.backbone.init_cfg.checkpoint = _published(weights)
         return super().from_cfg(cfg)
 
     @property
@@ -336,6 +335,28 @@ class TrainingRunner(ResumableRunner):
                 f"the state is in {where}"
             ) from error
         return model
+
+
+def _published(file: str) -> str:
+    """Return the link of the published weights in the place of a config's file that is not there.
+
+    Raises:
+        InputError: The file is not one of a config of ours, or no link to its weights is known.
+    """
+    reason, architecture = "", Path(file).stem
+    cfg = get_pretrained_cfg(architecture)
+    if Path(file) == Path("pretrained", f"{architecture}.pth") and cfg is not None:
+        try:
+            link = published_weights(cfg)
+            if is_primary():
+                print(f"{file} is not there: the published weights are used, {link}", file=sys.stderr)
+            return link
+        except InputError as error:
+            reason = f"{error}. Or "
+    raise InputError(
+        f"no ImageNet weights at {file}: {reason}put them there, name others, a file or a link, by --cfg-options "
+        "model.backbone.init_cfg.checkpoint=FILE, or start from scratch by --cfg-options model.backbone.init_cfg=None"
+    )
 
 
 def _take_seed(cfg: Config) -> None:

@@ -21,7 +21,9 @@ import safetensors.torch
 import torch
 import yaml
 
-from litvit.checkpoints import read_checkpoint, verify_archive
+from litvit.archives import verify_archive
+from litvit.checkpoints import read_checkpoint
+from litvit.downloads import fetch
 from litvit.errors import InputError, printable
 from litvit.settings import setting
 
@@ -196,16 +198,17 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
     """Read what a run wrote about the model of its weights: model, num_classes, classes, img_size, mean, ...
 
     Args:
-        path: Checkpoint of any kind, None for none.
+        path: Checkpoint of any kind, a file or a link. None for none.
 
     Returns:
         The description. It is empty for other files, and for files that cannot be read: loading them will say why.
 
     Raises:
-        InputError: an entry that is not what its name says.
+        InputError: an entry that is not what its name says, or a link that cannot be fetched.
     """
     if path is None:
         return {}
+    path = fetch(path)
     if not str(path).endswith(".safetensors"):
         try:
             verify_archive(path, checksums=False)

@@ -1,5 +1,6 @@
 """A run from its settings: its parts are made in order, and each part of the project gets its settings once."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def build_trainer(config: Config) -> Trainer:
     data = TrainingData(config.data, config.augment, config.model.decoder, config.run.seed)
 
     seed_everything(Stream.WEIGHTS, config.run.seed)
-    model = build_model(config.model, data.num_classes)
+    start = config.model if resumed is None else replace(config.model, pretrained=False)
+    model = build_model(start, data.num_classes)
     if config.model.initial_checkpoint and resumed is None:
         load_weights(model, config.model.initial_checkpoint, new_classifier=True)
         data.train.notes += _differences(config.model, data.classes)

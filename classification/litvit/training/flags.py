@@ -7,6 +7,7 @@ from pathlib import Path
 from litvit.cli import ArgumentParser, import_modules, model_name
 from litvit.data.augment import AugmentConfig
 from litvit.data.readers import DataConfig
+from litvit.downloads import is_link
 from litvit.errors import InputError
 from litvit.runs.folder import RunConfig, read_description
 from litvit.settings import add_flags
@@ -108,7 +109,7 @@ def parse_with_checkpoint(
     """Parse a command line. What it leaves open comes from the description in its `--checkpoint`, if that has one.
 
     Args:
-        parser: Parser with `add_model_flags` and `--checkpoint`.
+        parser: Parser with the flags of the model and a flag whose destination is `checkpoint`.
         argv: Arguments, None for sys.argv's.
         question: Question to ask if neither names the model.
         ignored: Setting that is not taken from the checkpoint.
@@ -117,16 +118,19 @@ def parse_with_checkpoint(
         Settings by flag name; `description` is the checkpoint's, empty if it has none.
 
     Raises:
-        InputError: wrong flags, or an unknown model.
+        InputError: wrong flags, an unknown model, or not exactly one of `--checkpoint` and `--pretrained`.
     """
-    flags = {action.dest for action in parser._actions}
-    description = read_description(parser.parse_args(argv).checkpoint)
+    flags = {action.dest: action.option_strings[-1:] for action in parser._actions}
+    weights = parser.parse_args(argv)
+    if bool(weights.checkpoint) == weights.pretrained:
+        raise InputError(f"which weights? {flags['checkpoint'][0]} FILE, or --pretrained for the published ones")
+    description = read_description(weights.checkpoint)
     known = {name: value for name, value in description.items() if name in flags and name != ignored}
     kwargs = {name: value for name, value in description.get("model_kwargs", {}).items() if name != "img_size"}
     parser.set_defaults(**known | {"model_kwargs": list(kwargs.items())})
     settings = parser.parse_args(argv)
     if settings.model is None:
-        if settings.checkpoint and not Path(settings.checkpoint).is_file():
+        if settings.checkpoint and not is_link(settings.checkpoint) and not Path(settings.checkpoint).is_file():
             raise InputError(f"no checkpoint at {settings.checkpoint}")
         raise InputError(f"{question} --model NAME")
     import_modules(settings.imports)

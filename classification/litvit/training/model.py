@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,6 +18,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
+from litvit.checkpoints import load_weights
 from litvit.data.pixels import Decoder
 from litvit.errors import InputError, is_from_user_code
 from litvit.models.backbone import Backbone
@@ -77,8 +79,9 @@ class ModelConfig:
     std: Sequence[float] | None = setting(None, "X", "standard deviation of it (the model's own)", nargs="+")
     drop: float = setting(0.0, "P", "dropout before the classifier", training=True)
     drop_path: float = setting(0.0, "P", "stochastic depth rate of the last block", training=True)
+    pretrained: bool = setting(False, None, "the published weights of the model, of ours or of timm's")
     initial_checkpoint: str | None = setting(
-        None, "FILE", "weights to start from, also for other classes or image channels", training=True
+        None, "FILE", "weights to start from, a file or a link, also for other classes or image channels", training=True
     )
     grad_checkpointing: bool = setting(False, None, "recompute blocks in the backward pass: less memory", training=True)
     sync_bn: bool = setting(False, None, "BatchNorm statistics over all GPUs", training=True)
@@ -86,6 +89,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", image_size(self.img_size))
         Decoder(self.in_chans)  # refuses other numbers of channels
+        if self.pretrained and self.initial_checkpoint:
+            raise InputError("--pretrained and --initial-checkpoint are both weights to start from: give one of them")
+        if "pretrained" in self.model_kwargs:
+            raise InputError("pretrained in --model-kwargs: use --pretrained")
         if "img_size" in self.model_kwargs:
             raise InputError(
                 f"img_size={self.model_kwargs['img_size']} in --model-kwargs would be the model's size and not that of "
@@ -158,9 +165,11 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         num_classes: Number of classes.
 
     Raises:
-        InputError: arguments that the model does not take. An exception in a model of your own is raised unchanged.
+        InputError: arguments that the model does not take, or weights that cannot be fetched. An exception in a model
+            of your own is raised unchanged.
     """
     kwargs = {
+        "pretrained": config.pretrained,
         "img_size": config.img_size,
         "drop_rate": config.drop or None,
         "drop_path_rate": config.drop_path or None,
@@ -188,11 +197,41 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
             raise
         reason = " ".join(str(error).split()) or f"it cannot be built with {config.as_flags()}"
         raise InputError(f"{config.model}: {reason}") from error
+    except OSError as error:
+        if not config.pretrained or is_from_user_code(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot get the pretrained weights of {config.model}: {reason}") from error
     # Here, so that an error of the second try does not carry the first one's traceback.
     model = build_model(replace(config, img_size=None), num_classes) if takes_any_size else model
     stride = Backbone.total_stride
     if isinstance(model, Backbone) and (least := min(to_2tuple(config.img_size or stride))) < stride:
         raise InputError(f"images must have {stride} pixels or more per side, not --img-size {least}")
+    return model
+
+
+def build_trained_model(config: ModelConfig, num_classes: int, checkpoint: str | None, data: str | Path) -> nn.Module:
+    """Create a model with the weights of a checkpoint, or with its published ones.
+
+    Args:
+        config: Model to create.
+        num_classes: Number of classes.
+        checkpoint: File or link of weights, None for the published ones.
+        data: Name of the data, for messages.
+
+    Raises:
+        InputError: weights that are missing, do not fit, or are of other classes.
+    """
+    model = build_model(replace(config, pretrained=checkpoint is None), num_classes)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+        return model
+    known = model.pretrained_cfg["num_classes"]
+    if known != num_classes:  # timm has made a new classifier
+        raise InputError(
+            f"the pretrained {config.model} knows {known} classes, {data} has {num_classes}: --num-classes {known} and "
+            "--class-map FILE say which is which, or give the --checkpoint of a model that was trained on this data"
+        )
     return model
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.models import is_model, model_entrypoint
 
 from litvit.cli import import_modules, model_name
 from litvit.errors import InputError
@@ -49,6 +50,9 @@ def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     try:
         recipe = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
+        if path.parent == RECIPES:
+            advice = "install litvit again, or name a recipe with --config"
+            raise InputError(f"the recipe of {path.stem} is missing, {path}: {advice}") from None
         raise InputError(f"no recipe at {path}; the package's own: {', '.join(recipe_names())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from error
@@ -103,6 +107,14 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def _recipe_of(model: str) -> Path | None:
+    """Return the path of a model's own recipe. Every model of this package has one; most of others have none."""
+    name, _, _ = model.partition(".")  # from a tag of weights
+    name = RECIPE_OF.get(name, name)
+    is_ours = is_model(name) and model_entrypoint(name).__module__.startswith("litvit.models.")
+    return RECIPES / f"{name}.yaml" if is_ours or name in recipe_names() else None
+
+
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Read the command line and the recipe: the one that it names, the resumed run's settings, or the model's own.
 
@@ -113,7 +125,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         All settings. `run.config` is the path of the recipe, None if the model has none.
 
     Raises:
-        InputError: any flag, key or value that is wrong.
+        InputError: any flag, key or value that is wrong, or a model of this package without its recipe.
     """
     parser = build_parser()
     flags = parser.parse_args(argv)
@@ -122,9 +134,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         path = RECIPES / f"{flags.config}.yaml"
     if path is None and flags.resume and flags.resume != "auto":
         path = resumed_folder(flags.resume) / SETTINGS
-    recipe = RECIPE_OF.get(flags.model, flags.model)
-    if path is None and recipe in recipe_names():
-        path = RECIPES / f"{recipe}.yaml"
+    if path is None and flags.model:
+        path = _recipe_of(flags.model)
     if path is not None:
         parser.set_defaults(**load_recipe(path, parser))
     settings = parser.parse_args(argv)

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,14 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from litvit.checkpoints import load_weights
 from litvit.data.dataset import Images
 from litvit.data.readers import check_class_numbers, class_list, class_names
 from litvit.data.token_labels import TEACHER
 from litvit.data.workers import NoBatch
 from litvit.errors import InputError, is_from_user_code
 from litvit.processes import StopSignals
-from litvit.training.model import ModelConfig, PrecisionConfig, build_model
+from litvit.training.model import PrecisionConfig
 
 WRITERS = 4  # threads that write label files
 
@@ -185,36 +183,6 @@ def count_classes(images: Images, settings: argparse.Namespace) -> int:
             f"{settings.data_dir} has {counted} classes, the teacher {num_classes}: --class-map says which is which"
         )
     return num_classes
-
-
-def build_teacher(config: ModelConfig, num_classes: int, checkpoint: str | None, data: str) -> nn.Module:
-    """Build the teacher with its weights.
-
-    Args:
-        config: Model to build.
-        num_classes: Number of classes.
-        checkpoint: Weights, None for those that timm has.
-        data: Name of the data, for messages.
-
-    Raises:
-        InputError: weights that are missing, do not fit, or are of other classes.
-    """
-    if checkpoint:
-        model = build_model(config, num_classes)
-        load_weights(model, checkpoint)
-        return model
-    try:
-        model = build_model(replace(config, model_kwargs={**config.model_kwargs, "pretrained": True}), num_classes)
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot get the pretrained weights of {config.model}: {reason}") from error
-    known = model.pretrained_cfg["num_classes"]
-    if known != num_classes:  # timm has made a new classifier
-        raise InputError(
-            f"the pretrained {config.model} knows {known} classes, {data} has {num_classes}: "
-            "train a teacher on this data and give its --checkpoint"
-        )
-    return model
 
 
 def hash_weights(model: nn.Module) -> str:

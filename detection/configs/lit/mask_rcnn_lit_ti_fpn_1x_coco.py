@@ -1,5 +1,7 @@
 # Mask R-CNN with LIT-Ti on COCO, 1x: box AP 42.0, mask AP 39.1 (published, val2017), 39.5 M parameters.
 # Run:  bash tools/dist_train.sh configs/lit/mask_rcnn_lit_ti_fpn_1x_coco.py 8
+# Test: bash tools/dist_test.sh configs/lit/mask_rcnn_lit_ti_fpn_1x_coco.py \
+#       https://github.com/ziplab/LIT/releases/download/v2.0/mask_rcnn_lit_ti.pth 8
 # Cost: not measured.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/datasets/coco_instance.py", "_lit_1x.py"]
 

@@ -1,6 +1,8 @@
 # Semantic FPN with LIT-Ti on ADE20K, 80K iterations: mIoU 41.3 (published, val), 23.6 M parameters.
 # AdamW, the learning rate falls as (1 - i/80000)^0.9 to 1e-6; total batch 8 GPUs x 2.
 # Run:  bash tools/dist_train.sh configs/lit/lit_ti_fpn_r50_512x512_80k_ade20k.py 8
+# Test: bash tools/dist_test.sh configs/lit/lit_ti_fpn_r50_512x512_80k_ade20k.py \
+#       https://github.com/ziplab/LIT/releases/download/v2.0/sem_fpn_lit_ti.pth 8
 # Cost: not measured.
 _base_ = [
     "mmseg::_base_/models/fpn_r50.py",

@@ -5,7 +5,7 @@ import os
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from litvit.errors import InputError
+from litvit.errors import InputError, require
 
 MODULE = """
 import timm, torch
@@ -86,3 +86,12 @@ def test_the_message_is_one_line_also_across_processes():
         with pytest.raises(InputError) as raised:
             next(iter(DataLoader(Broken(), num_workers=workers)))
         assert str(raised.value) == r"image new\nline\xff.png is broken"
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "no_such_package.module", "timm.no_such_module"])
+def test_what_is_not_installed_is_named_with_its_extra(name):
+    require("train", "timm", "timm.models")
+    with pytest.raises(InputError) as error:
+        require("train", "timm", name)
+    assert str(error.value) == f'{name} is not installed: pip install "litvit[train]"'
+    assert isinstance(error.value, ImportError)

@@ -2,12 +2,16 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from litvit.__main__ import COMMANDS
+
+ROOT = Path(__file__).parents[3]
 
 
 def litvit(*arguments, **environment):
@@ -29,6 +33,11 @@ def test_help_lists_the_commands_and_imports_no_torch(tmp_path):
         assert f"  {name} " in done.stdout
         assert text in done.stdout
         assert callable(importlib.import_module(module).main)
+
+
+def test_the_version_is_that_of_the_citation():
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert litvit("--version").stdout == f"litvit {cited}\n"
 
 
 @pytest.mark.parametrize(

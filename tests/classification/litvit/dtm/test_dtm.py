@@ -312,6 +312,14 @@ def test_gradients_per_sample_are_those_of_single_samples(offset_scale):
         torch.testing.assert_close([gradient[i] for gradient in gradients], list(expected))
 
 
+def test_gradients_per_sample_compile():
+    torch.manual_seed(0)
+    x, offset, weight = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 2, 2, 8), torch.randn(5, 4, 2, 2)
+    run = torch.func.vmap(torch.func.grad(_every_derivative, 1), (0, 0, None, None))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, offset, weight, None), run(x, offset, weight, None))
+
+
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0)])
 def test_vmap_over_tokens_or_offsets_alone(in_dims):
     torch.manual_seed(0)
