@@ -16,9 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from litvit import demo_data
 from litvit.benchmarks.measuring import interleaved_medians
-from litvit.checkpoints import load_weights
 from litvit.cli import ArgumentParser
 from litvit.data.dataset import transform_image
 from litvit.data.listing import image_suffixes, natural_order
@@ -29,7 +27,7 @@ from litvit.runtimes import DTYPES, FORMATS, TOLERANCES, Comparison, DenseMaps, 
 from litvit.settings import take
 from litvit.training.blank_images import check_scores
 from litvit.training.flags import TRACEBACK_HELP, HelpFormatter, add_model_flags, check_range, parse_with_checkpoint
-from litvit.training.model import ModelConfig, PrecisionConfig, build_model, data_settings
+from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings
 
 COMPARED, CALIBRATED, DRAWN = 64, 128, 16  # images
 ROUNDS = 5
@@ -40,14 +38,14 @@ LEAST_AGREEMENT = {"float32": 99.0}  # percent; others: 90
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What it leaves open comes from the checkpoint's own description, if it has one."""
     parser = ArgumentParser(
-        usage="%(prog)s --model NAME --checkpoint FILE --format FORMAT [flags]",
+        usage="%(prog)s --model NAME (--checkpoint FILE | --pretrained) --format FORMAT [flags]",
         description="Write a classifier, or its dense maps, for another runtime. The file is run by that runtime and "
         "compared with the model on images before it gets its name, and its speed is told beside torch's.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pth, last.pth of a run")
+    add("--checkpoint", metavar="FILE", help="weights, a file or a link: .safetensors, .pth, last.pth of a run")
     add("--format", choices=FORMATS, default="onnx", help="onnx, openvino, torch-export, aoti (compiled), torchscript")
     add("--precision", choices=DTYPES, default="float32", help="float32, float16, bfloat16, int8 (onnx, openvino)")
     add("--output", metavar="FILE", help="file to write (the model's name in this folder); FILE.json describes it")
@@ -153,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(settings: argparse.Namespace, config: ModelConfig) -> tuple[nn.Module, dict, int]:
     """Return the model to export, the settings of its images, and its number of classes."""
     num_classes = settings.num_classes or settings.description.get("num_classes") or 1000
-    model = build_model(config, num_classes)
-    load_weights(model, settings.checkpoint)
+    model = build_trained_model(config, num_classes, settings.checkpoint, "--num-classes")
     data_config = data_settings(config, model)
     cpu = choose_device("cpu")
     check_scores(model, config, PrecisionConfig(), data_config["input_size"], num_classes, cpu)
@@ -182,6 +179,8 @@ def read_images(folder: str | None, data_config: dict, decoder: Decoder, number:
     names = ("input_size", "interpolation", "mean", "std", "crop_pct")
     transform = create_transform(**{name: data_config[name] for name in names})
     if folder is None:
+        from litvit import demo_data  # needs scikit-learn
+
         rng, size = np.random.default_rng(0), data_config["input_size"][1:]
         digits = demo_data.source_digits(0)["val"]
         drawn = [(label, digits[label][i]) for i in range(-(-DRAWN // len(digits))) for label in range(len(digits))]
