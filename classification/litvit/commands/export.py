@@ -29,7 +29,7 @@ from litvit.training.blank_images import check_scores
 from litvit.training.flags import TRACEBACK_HELP, HelpFormatter, add_model_flags, check_range, parse_with_checkpoint
 from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings
 
-COMPARED, CALIBRATED, DRAWN = 64, 128, 16  # images
+COMPARED, CALIBRATED, DRAWN = 256, 128, 16  # images
 ROUNDS = 5
 EXIT_DIFFERS = 1
 LEAST_AGREEMENT = {"float32": 99.0}  # percent; others: 90
