@@ -3,8 +3,10 @@
 Shape letters: B images, C channels, (H, W) image size.
 """
 
+import contextlib
 import copy
 import importlib.util
+import io
 import json
 import logging
 import tempfile
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litvit.errors import InputError
+from litvit.errors import InputError, require
 
 Run = Callable[[Tensor], list[Tensor]]
 
@@ -26,7 +28,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2}
 INPUT = "images"
 METADATA = "litvit.json"  # in the archives of torch
-# What is calibrated, and multiplied in 8 bits. The coordinates of token merging stay float32.
+# Operators of ONNX that run in 8 bits. The coordinates of token merging stay float32.
 QUANTIZED_OPERATORS = ["Conv", "Gemm", "MatMul"]
 
 
@@ -194,7 +196,8 @@ def _write_openvino(export: Export, path: Path) -> None:
         nncf.set_log_level(logging.ERROR)
         batches = [batch.numpy() for batch in export.calibration_batches()]
         transformer = nncf.ModelType.TRANSFORMER
-        model = nncf.quantize(model, nncf.Dataset(batches), model_type=transformer, subset_size=len(batches))
+        with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+            model = nncf.quantize(model, nncf.Dataset(batches), model_type=transformer, subset_size=len(batches))
     for port, name in zip((*model.inputs, *model.outputs), (INPUT, *export.outputs), strict=True):
         port.get_tensor().set_names({name})
     for name, value in _as_text(export.metadata).items():
@@ -220,7 +223,7 @@ class Format:
 
     Attributes:
         suffix: End of the files' names.
-        packages: Packages that it needs, by precision; those of None for all.
+        packages: Packages that it needs.
         precisions: Precisions that it has.
         write: Function that writes an export to a path.
         load: Function of a path and a number of threads, which returns a function from images to outputs.
@@ -254,15 +257,14 @@ def check_format(name: str, precision: str, *, dynamic_size: bool = False) -> Fo
 
     Raises:
         InputError: The format does not have the precision, or open sizes, or its packages are not installed.
+        KeyError: There is no such format.
     """
     kind = FORMATS[name]
     if precision not in kind.precisions:
         raise InputError(f"--format {name} has no {precision}, it has {', '.join(kind.precisions)}")
     if dynamic_size and not kind.takes_sizes:
         raise InputError(f"--format {name} is for images of one size: leave out --dynamic-size")
-    missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise InputError(f"--format {name} needs {', '.join(missing)}: pip install 'litvit[export]'")
+    require("export", *kind.packages)
     if name == "openvino" and precision == "int8" and importlib.util.find_spec("nncf") is None:
         raise InputError("--format openvino --precision int8 needs nncf, OpenVINO's quantization: pip install nncf")
     if not kind.traces and not hasattr(torch.compiler, "is_exporting"):

@@ -18,12 +18,23 @@ from torch import Tensor, nn
 
 from litvit.benchmarks.measuring import interleaved_medians
 from litvit.cli import ArgumentParser
-from litvit.data.dataset import transform_image
+from litvit.data.dataset import transform_image, unreadable
 from litvit.data.listing import image_suffixes, natural_order
 from litvit.data.pixels import Decoder
 from litvit.errors import InputError, printable
 from litvit.processes import choose_device
-from litvit.runtimes import DTYPES, FORMATS, TOLERANCES, Comparison, DenseMaps, Export, Run, check_format, compare, write
+from litvit.runtimes import (
+    DTYPES,
+    FORMATS,
+    TOLERANCES,
+    Comparison,
+    DenseMaps,
+    Export,
+    Run,
+    check_format,
+    compare,
+    write,
+)
 from litvit.settings import take
 from litvit.training.blank_images import check_scores
 from litvit.training.flags import TRACEBACK_HELP, HelpFormatter, add_model_flags, check_range, parse_with_checkpoint
@@ -64,7 +75,12 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", metavar="DIR", help=f"images to compare on, at most {COMPARED} (drawn digits)")
     add("--calibration", metavar="DIR", help=f"typical images for int8, at most {CALIBRATED}: training images")
     add("--tolerance", type=float, metavar="X", help="largest relative error that passes (1e-4; 0.01, 0.05, int8 0.2)")
-    add("--min-agreement", type=float, metavar="X", help="least percentage of images with torch's top-1 (99; not float32: 90)")
+    add(
+        "--min-agreement",
+        type=float,
+        metavar="X",
+        help="least percentage of images with torch's top-1 (float32 99, others 90)",
+    )
     add("--threads", type=int, metavar="N", help="threads of torch and of the runtime (torch's choice)")
     parser.add_argument("--traceback", action="store_true", help=TRACEBACK_HELP)
     add_model_flags(parser, training=False)
@@ -196,8 +212,10 @@ def read_images(folder: str | None, data_config: dict, decoder: Decoder, number:
     chosen = [paths[i * len(paths) // min(number, len(paths))] for i in range(min(number, len(paths)))]
 
     def read(path: str) -> Tensor:
-        with Image.open(path) as image:
-            return transform_image(image, transform, decoder, partial(printable, path))
+        name = partial(printable, path)
+        with unreadable(name):
+            image = Image.open(path)
+        return transform_image(image, transform, decoder, name)
 
     return torch.stack([read(path) for path in chosen])
 

@@ -113,8 +113,8 @@ def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
 def _sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Compute what an embedding bag does, (M, 4) -> (M, C), by operations that all runtimes and transforms have.
 
-    ONNX has no embedding bag: exporters write one as a loop of a turn per bag. Its GridSample and DeformConv are for
-    channels-first maps. onnxruntime runs the model 1.1 times as fast with this sum as with GridSample.
+    ONNX has no embedding bag: exporters write one as a loop of a turn per bag. In onnxruntime this sum is as fast as
+    ONNX's DeformConv, which OpenVINO refuses, and faster than GridSample (docs/export.md).
     """
     rows = table.index_select(0, index.flatten().long()).view(*index.shape, table.shape[1])
     return (rows * weight.to(table.dtype).unsqueeze(-1)).sum(1)
