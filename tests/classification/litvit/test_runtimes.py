@@ -27,7 +27,7 @@ OPERATORS = {
     *("Expand", "Floor", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Max"),
     *("Min", "Mul", "Pad", "Range", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape"),
     *("Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Squeeze", "Sub", "Transpose"),
-    *("Unsqueeze"),
+    "Unsqueeze",
 }
 
 
