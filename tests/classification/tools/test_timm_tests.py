@@ -62,7 +62,7 @@ def test_runs_the_tests_with_our_models_and_prints_a_table(tmp_path):
         ["test_standard", "passed", "lit_b, lit_m, lit_s"],
         ["test_nonstandard", "passed", "lit_ti, lvt, lvt_cls"],
         ["test_every", "failed", "lit_b"],
-        ["test_every", "passed", "lit_m, lit_s, lit_ti, lvt"],
+        ["test_every", "passed", "lit_m, lit_s, lit_ti, lvt, lvt_cls"],
         ["test_torchscript", "xfailed", "lit_s"],
     ]
     assert done.returncode == 1
