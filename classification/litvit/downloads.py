@@ -1,5 +1,6 @@
 """Files of links, kept in torch.hub's folder: each is there whole, or not at all."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -83,6 +84,9 @@ def fetch(source: str | Path, folder: str | Path | None = None) -> Path:
     except URLError as error:
         raise InputError(f"cannot fetch {link}: {error.reason}") from error
     except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            place = f"no space left in {file.parent.parent}: make room, or name another folder by TORCH_HOME"
+            raise InputError(f"cannot fetch {link}: {place}") from error
         raise InputError(f"cannot fetch {link}: {error}") from error
     _fetched.add(file)
     return file
@@ -97,6 +101,9 @@ def forget(file: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes of this machine out of a block. A lock ends with its process, however that ends."""
+    if fcntl is None:  # several processes fetch a file each, and the last one stays
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import platform
 
 import pytest
 import torch
@@ -115,6 +116,18 @@ def test_what_is_not_there_and_what_holds_code(www):
             fetch(f"{server.address}/none.pth")
         with pytest.raises(InputError, match="holds code"):
             read(f"{server.address}/code.pth")
+
+
+def test_a_full_disk(www):
+    with serve(www) as server:
+        link = f"{server.address}/a/w.pth"
+        folder = kept_file(link).parent
+        folder.mkdir(parents=True)
+        (folder / f".{platform.node()}.part").symlink_to("/dev/full")
+        with pytest.raises(InputError, match=f"cannot fetch {link}: no space left in {cache_folder()}: make room"):
+            fetch(link)
+        assert not list(folder.iterdir())
+        assert read(link) == 1
 
 
 def test_a_folder_that_cannot_be_written(www, monkeypatch, tmp_path):
