@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from litvit.archives import begins_with, verify_archive
-from litvit.downloads import fetch
+from litvit.downloads import fetch, forget
 from litvit.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ def read_checkpoint(path: str | Path, read: Callable[[str], Any]) -> Any:
             raise InputError(
                 f"{path} is a plain pickle or holds code{held}, which was not run: ask for weights alone (.safetensors)"
             ) from error
+        forget(path)
         raise InputError(f"{path} is no checkpoint, or a truncated one: fetch or save it again") from error
 
 
@@ -201,6 +202,8 @@ def _without_prefix(weights: dict[str, Tensor], model: nn.Module, path: str | Pa
 
 def _is_pickle(path: Path) -> bool:
     """Return whether the file is one complete pickle. Its instructions are read and not run."""
+    if begins_with(path, pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)):
+        return False  # torch's format before version 1.6: several pickles, then the weights
     try:
         with path.open("rb") as file:
             return any(opcode.name == "STOP" for opcode, _, _ in pickletools.genops(file))

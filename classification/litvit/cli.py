@@ -142,6 +142,11 @@ def model_name(name: str) -> str:
     """
     if is_model(name):
         return name
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        raise InputError(
+            f"'{name}' is a source of weights: give its model.safetensors as checkpoint, a file or a link such as "
+            "https://huggingface.co/OWNER/NAME/resolve/main/model.safetensors"
+        )
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"LIT's models: {', '.join(list_models('lit_*'))}"
     raise InputError(f"unknown model '{name}'; {hint} (a model of your own: --import the module that registers it)")

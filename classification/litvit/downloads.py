@@ -1,7 +1,9 @@
 """Files of links, kept in torch.hub's folder: each is there whole, or not at all."""
 
+import errno
 import hashlib
 import os
+import platform
 import re
 import sys
 import zipfile
@@ -9,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, unquote, urlparse
 from urllib.request import Request, urlopen
 
 import safetensors
@@ -26,6 +29,10 @@ except ImportError:  # not on Windows
 
 TIMEOUT = 60  # seconds without a byte
 _CHUNK = 2**20  # bytes
+_HASH = re.compile(
+    r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.[^.]*$"
+)  # in a file's name, where eight digits may be a date
+_fetched: set[Path] = set()  # files of links that this process has asked for
 
 
 def cache_folder() -> Path:
@@ -45,7 +52,7 @@ def kept_file(link: str, folder: str | Path | None = None) -> Path:
         link: Link to a checkpoint.
         folder: Folder to keep files in, None for torch.hub's.
     """
-    name = unquote(Path(urlparse(link).path).name) or "checkpoint"
+    name = Path(unquote(urlparse(link).path)).name or "checkpoint"
     return Path(folder or cache_folder(), hashlib.sha256(link.encode()).hexdigest()[:16], name)
 
 
@@ -64,27 +71,36 @@ def fetch(source: str | Path, folder: str | Path | None = None) -> Path:
     """
     if not is_link(source):
         return Path(source).expanduser()
-    link, file = str(source), kept_file(str(source), folder)
-    temporary = file.with_name(f".{file.name}.part")
+    link = str(source)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.parent):
-            if not (file.exists() and is_whole(file)):
-                try:
-                    _download(link, temporary)
-                    if not is_whole(temporary):
-                        raise InputError(f"cannot fetch {link}: what came is cut off, or no checkpoint")
-                    os.replace(temporary, file)
-                finally:
-                    temporary.unlink(missing_ok=True)
-    except (OSError, HTTPException) as error:  # URLError is an OSError
+        file = kept_file(link, folder)
+        if not is_whole(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(file.parent):
+                if not is_whole(file):  # no other process has fetched it meanwhile
+                    _replace(file, link)
+    except HTTPError as error:
         raise InputError(f"cannot fetch {link}: {error}") from error
+    except URLError as error:
+        raise InputError(f"cannot fetch {link}: {error.reason}") from error
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            place = f"no space left in {file.parent.parent}: make room, or name another folder by TORCH_HOME"
+            raise InputError(f"cannot fetch {link}: {place}") from error
+        raise InputError(f"cannot fetch {link}: {error}") from error
+    _fetched.add(file)
     return file
+
+
+def forget(file: Path) -> None:
+    """Delete a file that no reader takes if it is a link's, so that the next try fetches it again."""
+    if file in _fetched:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a block. A lock ends with its process, however that ends."""
+    """Keep other processes of this machine out of a block. A lock ends with its process, however that ends."""
     if fcntl is None:  # several processes fetch a file each, and the last one stays
         yield
         return
@@ -96,13 +112,26 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _replace(file: Path, link: str) -> None:
+    # Another machine that shares the folder may fetch it too: the lock is this machine's.
+    temporary = file.with_name(f".{platform.node()}.part")
+    try:
+        _download(link, temporary)
+        if not is_whole(temporary):
+            raise OSError("what came is cut off, or no checkpoint")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _download(link: str, file: Path) -> None:
     digest = hashlib.sha256()
-    with urlopen(Request(link, headers={"User-Agent": "litvit"}), timeout=TIMEOUT) as response, file.open("wb") as out:
+    request = Request(quote(link, safe="%/:?#[]@!$&'()*+,;=~"), headers={"User-Agent": "litvit"})
+    with urlopen(request, timeout=TIMEOUT) as response, file.open("wb") as out:
         length = response.headers.get("Content-Length")
         total = int(length) if length else None
-        show = sys.stderr.isatty()
-        with tqdm(total=total, unit="B", unit_scale=True, desc=file.name[1:-5], disable=not show) as bar:
+        name = unquote(urlparse(link).path).rpartition("/")[2]
+        with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not sys.stderr.isatty()) as bar:
             while chunk := response.read(_CHUNK):
                 out.write(chunk)
                 digest.update(chunk)
@@ -111,7 +140,7 @@ def _download(link: str, file: Path) -> None:
             raise OSError(f"{out.tell()} of {total} bytes came: try again")
         out.flush()
         os.fsync(out.fileno())
-    expected = re.search(r"-([0-9a-f]{8,64})\.[^.]*$", urlparse(link).path)
+    expected = _HASH.search(urlparse(link).path)
     if expected and not digest.hexdigest().startswith(expected[1]):
         raise OSError(f"the hash of what came begins with {digest.hexdigest()[:8]}, not {expected[1]}")
 
@@ -124,6 +153,6 @@ def is_whole(file: Path) -> bool:
         elif not begins_with(file, b"\x80"):  # torch's format before version 1.6
             with safetensors.safe_open(file, framework="pt"):
                 pass
-    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError):
+    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError, InputError):
         return False
     return True

@@ -169,6 +169,7 @@ def test_published_weights_of_other_classes(published, digits, tmp_path, monkeyp
         "--experiment",
         "run",
     ]
+    assert f"starting from the weights of {address}\n" in run_main(train, digits, *flags, "--dry-run").out
     outcome = run_main(train, digits, *flags)
     assert outcome.status == 0, outcome.err
     tuned = load_file(tmp_path / "run" / "model_best.safetensors")
@@ -267,6 +268,7 @@ def write_code(path):
     ("flags", "says"),
     [
         (["--model", "lit_tii"], r"unknown model 'lit_tii'; did you mean lit_ti"),
+        (["--model", "hf-hub:me/lit"], r"'hf-hub:me/lit' is a source of weights: give its model\.safetensors"),
         (["--img-size", "100"], r"img_size must be a multiple of 32"),
         (["--lr", "abc"], r"argument --lr: invalid float value: 'abc'"),
         (["--epoch", "3"], r"unrecognized arguments: --epoch"),

@@ -2,12 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import visualize_offset
 from PIL import Image
 from timm.models import create_model
 from torch import nn
 
+from litvit.downloads import kept_file
 from litvit.dtm.offsets import GREEN, RED
 from litvit.errors import InputError
 from litvit.runs.folder import save_weights
@@ -67,6 +69,19 @@ def test_default_size_is_the_models_and_old_plots_go(folder, tmp_path):
     plot(folder, tmp_path, "--img-size", "33")
     assert len(list(plots.glob("row*.png"))) == 4
     assert (plots / "notes.txt").exists()
+
+
+def test_the_published_weights(folder, tmp_path, published, monkeypatch):
+    """By name, the plots are those of the file."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = kept_file(timm.get_pretrained_cfg("lit_ti").url)
+    file.parent.mkdir(parents=True)
+    torch.save({"model": published("lit_ti")}, file)
+    flags = ["--model", "lit_ti", "--vis_image", str(folder / "grey.jpeg"), "--device", "cpu", "--img-size", "32"]
+    for weights in (["--pretrained"], ["--resume", str(file)]):
+        visualize_offset.main([*flags, *weights, "--output", str(tmp_path / weights[0])])
+    first, second = (tmp_path / source / "grey/row00_column00.png" for source in ("--pretrained", "--resume"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_checkpoint_knows_that_its_images_are_not_square(folder, tmp_path):

@@ -267,10 +267,13 @@ print(again["panoptic_seg"].shape, found["panoptic_seg_path"])
     assert (tmp_path / "drawn/vis/000000000001.jpg").exists()
 
 
-def test_images_are_drawn(config, trained, tmp_path):
+def test_images_are_drawn(config, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     image = config.parent / "coco" / "val2017" / "000000000001.jpg"
-    flags = ["--config", config, "--checkpoint", trained / "epoch_1.pth", "--out", tmp_path / "new" / "folder"]
-    done = run("predict.py", image, *flags, "--score-thr", "0")
+    with serve(trained) as server:
+        checkpoint = f"{server.address}/epoch_1.pth"
+        flags = ["--config", config, "--checkpoint", checkpoint, "--out", tmp_path / "new" / "folder"]
+        done = run("predict.py", image, *flags, "--score-thr", "0")
     assert done.status == 0, done.err
     drawn = Image.open(tmp_path / "new" / "folder" / image.name)
     assert drawn.size == Image.open(image).size

@@ -21,6 +21,7 @@ from mmengine.registry import DefaultScope
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
 from PIL import Image
+from server import serve
 
 from litvit.demo_data import PALETTE, SceneSettings, build
 from litvit.errors import InputError
@@ -193,8 +194,12 @@ def test_a_training_that_diverges_ends(config, tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_2.pth")
 
 
-def test_evaluation_of_a_trained_segmentor(config, trained, tmp_path):
-    done = run("test.py", config, trained / "iter_2.pth", "--work-dir", tmp_path, "--out", tmp_path / "maps")
+def test_evaluation_of_a_trained_segmentor(config, trained, tmp_path, monkeypatch):
+    """By a link."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with serve(trained) as server:
+        checkpoint = f"{server.address}/iter_2.pth"
+        done = run("test.py", config, checkpoint, "--work-dir", tmp_path, "--out", tmp_path / "maps")
     assert done.status == 0, done.err
     (numbers,) = tmp_path.glob("*/*.json")
     assert json.loads(numbers.read_text()).keys() >= {"mIoU", "mAcc", "aAcc"}

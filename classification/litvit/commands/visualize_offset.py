@@ -81,7 +81,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]
         "green square of a regular grid, the 64 locations as red dots) and an overview of all tokens.",
     )
     add = parser.add_argument
-    add("--resume", dest="checkpoint", metavar="FILE", help="checkpoint, any that validation takes")
+    add("--resume", dest="checkpoint", metavar="FILE", help="checkpoint, any that validation takes: a file or a link")
     image = {"default": str(FOLDER / "demo.JPEG"), "metavar": "FILE", "help": "image (visualization/demo.JPEG)"}
     add("--vis_image", "--vis-image", **image)
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")

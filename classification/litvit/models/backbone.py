@@ -370,9 +370,10 @@ def create_backbone(
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-    published = pretrained and not (cfg.source or cfg.file or cfg.hf_hub_id or cfg.state_dict) and cfg.origin_url
-    if published:  # timm's own downloads may be cut off, and its reader refuses what others save beside weights
-        file = fetch(published_weights(cfg), kwargs.get("cache_dir"))
+    of_timm = cfg.source or cfg.state_dict or (cfg.hf_hub_id and not cfg.file)  # sources that timm reads well
+    ours = pretrained and not of_timm and (cfg.file or cfg.url or cfg.origin_url)
+    if ours:  # timm's downloads may be cut off, and its reader refuses what others save beside weights
+        file = fetch(cfg.file or published_weights(cfg), kwargs.get("cache_dir"))
         overlay = {**overlay, "file": str(file), "custom_load": True}
     feature_cfg = {"out_indices": (0, 1, 2, 3)}
     if "feature_cls" in kwargs:  # one of timm's: maps are the stages' outputs, (B, h, w, C)
@@ -388,7 +389,7 @@ def create_backbone(
         pretrained_cfg_overlay=overlay,
         **kwargs,
     )
-    if published:
+    if ours:
         model.pretrained_cfg.update(file=cfg.file, custom_load=cfg.custom_load)
     return model
 

@@ -235,6 +235,14 @@ def build_trained_model(config: ModelConfig, num_classes: int, checkpoint: str |
     return model
 
 
+def pretrained_source(model: nn.Module) -> str:
+    """Return where the pretrained weights of a model come from: a file, a repository of the Hub, or a link."""
+    cfg = getattr(model, "pretrained_cfg", {})
+    repository = cfg.get("hf_hub_id")
+    sources = cfg.get("file"), f"hf-hub:{repository}" if repository else None, cfg.get("url"), cfg.get("origin_url")
+    return next(filter(None, sources), "its own code")
+
+
 def data_settings(config: ModelConfig, model: nn.Module) -> dict:
     """Return timm's data configuration: input_size, mean, std, interpolation and crop_pct.
 

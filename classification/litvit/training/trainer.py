@@ -31,6 +31,7 @@ from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
+from litvit.training.model import pretrained_source
 from litvit.training.step_guard import Diverged, StepGuard
 
 logger = logging.getLogger("litvit")
@@ -337,3 +338,5 @@ def log_start(trainer: Trainer) -> None:
         logger.info("this run has ended already")
     elif progress.step:
         logger.info("continuing at epoch %d, step %d", progress.epoch + 1, progress.steps_in_epoch + 1)
+    elif config.model.pretrained or config.model.initial_checkpoint:
+        logger.info("starting from the weights of %s", config.model.initial_checkpoint or pretrained_source(model))

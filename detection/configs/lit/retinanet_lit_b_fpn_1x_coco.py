@@ -1,6 +1,8 @@
 # RetinaNet with LIT-B on COCO, 1x: no published number; 100.7 M parameters.
 # LIT-S's settings; stochastic depth as Swin-B's.
 # Run:  bash tools/dist_train.sh configs/lit/retinanet_lit_b_fpn_1x_coco.py 8
+# Test: bash tools/dist_test.sh configs/lit/retinanet_lit_b_fpn_1x_coco.py \
+#       work_dirs/retinanet_lit_b_fpn_1x_coco/epoch_12.pth 8    (no checkpoint is published)
 # Cost: not measured.
 _base_ = "retinanet_lit_s_fpn_1x_coco.py"
 

@@ -1,6 +1,8 @@
 # Panoptic FPN with LVT on COCO, 3x: PQ 42.8, of things 49.5, of stuff 32.6 (published, val2017); 5.35 M parameters,
 # 56.4 G multiply-adds at 1333 x 800 (published).
 # Run:  bash tools/dist_train.sh configs/lvt/panoptic_fpn_lvt_fpn_3x_coco.py 8
+# Test: bash tools/dist_test.sh configs/lvt/panoptic_fpn_lvt_fpn_3x_coco.py FILE 8
+#       FILE: the page of https://github.com/Chenglin-Yang/LVT leads to it, no program can fetch it
 # Cost: not measured.
 _base_ = "_panoptic_fpn_lvt.py"
 

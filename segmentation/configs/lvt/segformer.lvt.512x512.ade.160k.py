@@ -2,6 +2,8 @@
 # AdamW, linear warm-up over 1500 iterations from 1e-6 of the learning rate, which falls linearly to 0; total batch
 # 8 GPUs x 2. The head is SegFormer's own, whose learning rate is ten times the backbone's.
 # Run:  bash tools/dist_train.sh configs/lvt/segformer.lvt.512x512.ade.160k.py 8
+# Test: bash tools/dist_test.sh configs/lvt/segformer.lvt.512x512.ade.160k.py FILE 8
+#       FILE: the page of https://github.com/Chenglin-Yang/LVT leads to it, no program can fetch it
 # Cost: not measured.
 _base_ = [
     "mmseg::_base_/models/segformer_mit-b0.py",

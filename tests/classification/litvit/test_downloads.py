@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import platform
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from server import serve
 
 from litvit.checkpoints import read_state_dict
-from litvit.downloads import cache_folder, fetch
+from litvit.downloads import cache_folder, fetch, kept_file
 from litvit.errors import InputError
 
 
@@ -86,13 +87,26 @@ def test_a_transfer_that_breaks_off(www):
 def test_a_hash_in_the_name(www):
     content = (www / "a/w.pth").read_bytes()
     digest = hashlib.sha256(content).hexdigest()[:8]
-    for name in (f"w-{digest}.pth", "w-00000000.pth"):
+    for name in (f"w-{digest}.pth", "w-00000000.pth", "w-20210701.pth"):
         (www / name).write_bytes(content)
     with serve(www) as server:
         assert read(f"{server.address}/w-{digest}.pth") == 1
+        assert read(f"{server.address}/w-20210701.pth") == 1  # a date is no hash
         with pytest.raises(InputError, match=f"the hash of what came begins with {digest}, not 00000000"):
             read(f"{server.address}/w-00000000.pth")
-    assert len(kept()) == 1
+    assert len(kept()) == 2
+
+
+def test_what_only_its_reader_finds_broken_is_fetched_again(www):
+    """Nothing in torch's old format tells where its end is."""
+    torch.save({"w": torch.ones(2000)}, www / "old.pth", _use_new_zipfile_serialization=False)
+    with serve(www) as server:
+        link = f"{server.address}/old.pth"
+        file = fetch(link)
+        file.write_bytes(file.read_bytes()[:-2000])
+        with pytest.raises(InputError, match="is no checkpoint, or a truncated one"):
+            read(link)
+        assert read(link) == 1
 
 
 def test_what_is_not_there_and_what_holds_code(www):
@@ -104,8 +118,56 @@ def test_what_is_not_there_and_what_holds_code(www):
             read(f"{server.address}/code.pth")
 
 
+def test_a_full_disk(www):
+    with serve(www) as server:
+        link = f"{server.address}/a/w.pth"
+        folder = kept_file(link).parent
+        folder.mkdir(parents=True)
+        (folder / f".{platform.node()}.part").symlink_to("/dev/full")
+        with pytest.raises(InputError, match=f"cannot fetch {link}: no space left in {cache_folder()}: make room"):
+            fetch(link)
+        assert not list(folder.iterdir())
+        assert read(link) == 1
+
+
 def test_a_folder_that_cannot_be_written(www, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     with serve(www) as server, pytest.raises(InputError, match="cannot fetch .*Not a directory"):
         fetch(f"{server.address}/a/w.pth")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://",
+        "http://[half",
+        "http://{host}:port/w.pth",
+        "http://{host}/%00.pth",
+        f"http://{{host}}/{'w' * 300}.pth",
+    ],
+)
+def test_addresses_that_are_none(www, address):
+    with serve(www) as server, pytest.raises(InputError, match="cannot fetch http") as caught:
+        fetch(address.format(host=server.address.removeprefix("http://")))
+    assert "\n" not in str(caught.value)
+    assert not kept()
+
+
+def test_names_of_all_characters(www):
+    """None of them leads out of the cache."""
+    for name in ("größe 1.pth", "..%2F..%2Fw.pth"):
+        (www / name).write_bytes((www / "a/w.pth").read_bytes())
+    with serve(www) as server:
+        for path in ("größe 1.pth", "gr%C3%B6%C3%9Fe%201.pth", "..%252F..%252Fw.pth"):
+            assert read(f"{server.address}/{path}") == 1
+    link = "http://host/..%2F..%2Fw.pth"
+    assert kept_file(link).resolve().parent.parent == cache_folder().resolve()
+
+
+def test_a_kept_file_needs_neither_server_nor_a_folder_to_write_to(www):
+    with serve(www) as server:
+        file = fetch(f"{server.address}/a/w.pth")
+    file.parent.chmod(0o500)
+    assert read(f"{server.address}/a/w.pth") == 1
+    file.parent.chmod(0o700)

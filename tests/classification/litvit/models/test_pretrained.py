@@ -79,6 +79,19 @@ def test_dense_maps(create, published, kwargs):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("source", ["file", "link"])
+def test_weights_of_a_cfg_of_ones_own(weights, monkeypatch, tmp_path, published, source):
+    """They are read as the published ones are: what lies beside them is neither run nor refused, and all must fit."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with serve(weights) as server:
+        places = {"file": {"file": str(weights / "{}.pth")}, "link": {"url": f"{server.address}/{{}}.pth"}}
+        ti, s = ({key: text.format(name) for key, text in places[source].items()} for name in ("lit_ti", "lit_s"))
+        model = timm.create_model("lit_ti", pretrained=True, pretrained_cfg={**ti, "num_classes": 1000}, num_classes=2)
+        with pytest.raises(InputError, match="these are the weights of lit_s"):
+            timm.create_model("lit_ti", pretrained=True, pretrained_cfg=s)
+    assert torch.equal(model.norm.weight, published("lit_ti")["norm.weight"])
+
+
 def test_weights_of_another_model_are_named(create):
     with pytest.raises(InputError, match="these are the weights of lit_s"):
         create("lit_ti", file="lit_s.pth")
