@@ -123,5 +123,5 @@ def test_wrong_input_is_one_line(folder, tmp_path, flags, message):
 
 
 def test_a_checkpoint_must_be_named():
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(InputError, match="which weights"):
         visualize_offset.main(["--model", "lit_ti"])
