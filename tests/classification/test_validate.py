@@ -1,6 +1,7 @@
 """validate.py: its numbers, its JSON, ImageNet-Real and V2 layouts, and what wrong input says."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -311,7 +312,7 @@ def test_a_report(digits, tiny, weights, tmp_path, run_main):
         ).tolist()
     confidence, bins = probabilities.max(1).values, torch.linspace(0, 1, 16)
     error = 0.0
-    for low, high in zip(bins[:-1], bins[1:], strict=True):
+    for low, high in itertools.pairwise(bins):
         inside = (confidence >= low) & (confidence < high)
         if inside.any():
             gap = (guesses == target)[inside].double().mean() - confidence[inside].double().mean()
@@ -323,8 +324,8 @@ def test_a_report(digits, tiny, weights, tmp_path, run_main):
 
 def test_flip_averages_the_probabilities(digits, tiny, weights, run_main):
     outcome = run_main(validate, digits, "--checkpoint", weights, "-j", 0, "--flip")
-    probabilities, target = (sum(each) / 2 for each in zip(*(scores(tiny, digits / "val", flip) for flip in (0, 1))))
-    loss = -probabilities.gather(1, target.long().unsqueeze(1)).log().mean().item()
+    (plain, target), (flipped, _) = (scores(tiny, digits / "val", flip) for flip in (False, True))
+    loss = -((plain + flipped) / 2).gather(1, target.unsqueeze(1)).log().mean().item()
     assert json.loads(outcome.out)["loss"] == pytest.approx(loss, abs=2e-4)
 
 
