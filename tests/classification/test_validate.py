@@ -276,7 +276,7 @@ def test_a_run_folder_is_a_checkpoint(digits, weights, run_main):
     assert first["top1"] == second["top1"]
     outcome = run_main(validate, digits, "--checkpoint", weights.parent, "--model", "lit_s", "-j", 0)
     assert outcome.status == 2
-    assert outcome.err == f"error: {weights} holds the weights of lit_ti, and --model is lit_s: leave that out\n"
+    assert outcome.err.startswith(f"error: {weights} holds the weights of lit_ti, and --model is lit_s: leave that out")
 
 
 def test_a_report(digits, tiny, weights, tmp_path, run_main):
@@ -393,7 +393,7 @@ def test_a_result_that_cannot_be_written_is_printed(digits, weights, tmp_path, r
     outcome = run_main(validate, digits, "--checkpoint", weights, "-j", 0, "--results-file", name)
     assert outcome.status == 2
     assert json.loads(outcome.out)["images"] == 40
-    assert re.fullmatch(r"error: cannot write .*: File name too long\n", outcome.err), outcome.err
+    assert re.fullmatch(r"error: cannot write .*: File name too long.*\n", outcome.err), outcome.err
 
 
 def test_standard_output_as_results_file_holds_the_result_once(digits, weights, tmp_path, run_script):

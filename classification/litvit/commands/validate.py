@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -71,7 +72,7 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add_precision_flags(parser, training=False)
     settings = parse_with_checkpoint(parser, argv)
     results = Path(settings.results_file or "result.json")
-    if not results.parent.is_dir() or results.is_dir():
+    if not os.path.isdir(results.parent) or os.path.isdir(results):
         raise InputError(f"--results-file {results}: name a file in an existing folder")
     if settings.report:
         try:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
@@ -12,7 +13,9 @@ from torch import nn
 from litvit.data.loader import Batch
 from litvit.errors import InputError
 from litvit.processes import Processes
-from litvit.training.predictions import Predictions
+
+if TYPE_CHECKING:
+    from litvit.training.predictions import Predictions  # its torchmetrics takes a second that a training need not wait
 
 logger = logging.getLogger("litvit")
 MAX_NAMED = 20  # images that an error names
@@ -24,7 +27,7 @@ def evaluate(
     processes: Processes,
     autocast: Callable[[], AbstractContextManager],
     *,
-    predictions: Predictions | None = None,
+    predictions: "Predictions | None" = None,
     iterate: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
 ) -> dict[str, float]:
     """Evaluate a classifier in eval mode, and restore its mode.

@@ -125,7 +125,9 @@ def parse_with_checkpoint(
     """
     flags = {action.dest: action.option_strings[-1:] for action in parser._actions}
     weights = parser.parse_args(argv)
-    if bool(weights.checkpoint) == weights.pretrained:
+    if weights.checkpoint and weights.pretrained:
+        raise InputError(f"{flags['checkpoint'][0]} and --pretrained are both weights: give one of them")
+    if not weights.checkpoint and not weights.pretrained:
         raise InputError(f"which weights? {flags['checkpoint'][0]} RUN, a file, a link or a name such as lit_s.in1k")
     file, description = find_weights(weights.checkpoint) if weights.checkpoint else (None, {})
     known = {name: value for name, value in description.items() if name in flags and name != ignored}

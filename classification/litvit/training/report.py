@@ -116,7 +116,7 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     side = min(max(4.0, 0.32 * number), 20.0)
     figure = Figure(figsize=(side + 2, side + 1.5), dpi=100, layout="constrained")
     axes = figure.add_subplot(xlabel="predicted class", ylabel="class")
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the class's images", shrink=0.8)
     if number <= MAX_NAMED_IN_PLOT:
         names = [_cell(name, 24).replace("$", r"\$") for name in classes]  # dollars begin a formula
@@ -163,8 +163,8 @@ def write_report(
     cells = []
     for index in predicted.mistakes(PER_SHEET):
         row = rows[index]
-        said = f"{100 * predicted.probabilities[index, 0]:.0f}% {row['class_1']}"
-        lines = [(Path(row["image"]).name, GREY), (row["class"], BLACK), (said, RED)]
+        said = f"said: {100 * predicted.probabilities[index, 0]:.0f}% {row['class_1']}"
+        lines = [(Path(row["image"]).name, GREY), (f"is: {row['class']}", BLACK), (said, RED)]
         cells.append((shrink(open_image(index)), lines))
     if cells:
         sheet = contact_sheet(cells)
