@@ -156,6 +156,8 @@ def write_report(
     write_csv(folder / f"{CONFUSION}.csv", header, rows)
     figure = plot_confusion(confusion, classes)
     replace_file(folder / f"{CONFUSION}.png", partial(figure.savefig, format="png"))
+    for name in (PREDICTIONS, MISTAKES):  # an older report's
+        (folder / name).unlink(missing_ok=True)
     if names is None:
         return
     rows = image_rows(predicted, names, classes)
@@ -169,5 +171,3 @@ def write_report(
     if cells:
         sheet = contact_sheet(cells)
         replace_file(folder / MISTAKES, partial(sheet.save, format="PNG"))
-    else:
-        (folder / MISTAKES).unlink(missing_ok=True)  # an older report's
