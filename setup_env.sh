@@ -108,13 +108,13 @@ tools=$(sed -n '/^# what builds/,/^$/s/^\([a-z]*\)==.*/\1/p' "$pins")
 step "build tools" pip install -c "$pins" $tools
 step "torch and classification (a minute or two, 3 GB to fetch)" \
     pip install -c "$pins" --no-build-isolation -e "$root[dev]"
-needs="torch, torchvision, timm, sklearn, yaml, safetensors, tensorboard, tqdm"
+needs="torch, torchvision, timm, sklearn, yaml, safetensors, tensorboard, torchmetrics, matplotlib, tqdm"
 if [[ $mode == full ]]; then
     # mmcv's set-up compiles its operators where it sees torch. pip's isolated builds do not see it; its cache may hold
     # a compiled one from elsewhere.
     step "mmcv" pip install --no-cache-dir --build-constraint "$pins" --no-deps "$(grep '^onedl-mmcv==' "$pins")"
     step "detection, segmentation and export" pip install --no-deps --no-build-isolation -r "$pins"
-    needs+=", onnx, onnxruntime, onnxscript, openvino, cv2, litvit.openmmlab, mmcv.ops, mmdet.apis, mmseg.apis, torchmetrics"
+    needs+=", onnx, onnxruntime, onnxscript, openvino, cv2, litvit.openmmlab, mmcv.ops, mmdet.apis, mmseg.apis"
 fi
 "$python" -I -c "import $needs" >>"$log" 2>&1 ||
     die "the environment does not import: $(tail -n 1 "$log"); remove $venv and run this again"

@@ -9,7 +9,9 @@ from litvit import __version__
 # Name: module with `main(argv)`, and what it does.
 COMMANDS = {
     "train": ("litvit.commands.train", "train an image classifier"),
-    "validate": ("litvit.commands.validate", "evaluate a checkpoint: top-1, top-5, loss, images/s"),
+    "validate": ("litvit.commands.validate", "evaluate a checkpoint: accuracy, calibration, what it gets wrong"),
+    "predict": ("litvit.commands.predict", "label images: the most probable classes, contact sheets"),
+    "compare": ("litvit.commands.compare", "compare two reports of validate, image by image"),
     "export": ("litvit.commands.export", "write a model for ONNX, OpenVINO and others, and compare it"),
     "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
     "visualize-offset": ("litvit.commands.visualize_offset", "plot where deformable token merging reads"),

@@ -211,6 +211,19 @@ def _is_pickle(path: Path) -> bool:
         return False
 
 
+def identify_file(path: str | Path) -> str | None:
+    """Return the name of the model that a checkpoint file holds the weights of, None if no model here knows them.
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+    """
+    return _identify(read_state_dict(path))
+
+
+def _identify(entries: dict[str, Tensor]) -> str | None:
+    return next(filter(None, (identify(entries) for identify in identifiers)), None)
+
+
 def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = False) -> None:
     """Load a checkpoint into a model, all of it or nothing.
 
@@ -227,8 +240,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     entries = read_state_dict(path, model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cfg = getattr(model, "pretrained_cfg", {})
-    classifiers = cfg.get("classifier") or getattr(model, "classifiers", "head")
-    classes = keep_own_classifier(entries, before, (classifiers,) if isinstance(classifiers, str) else classifiers)
+    classes = keep_own_classifier(entries, before, _classifiers(model))
     channels = adapt_channels(entries, model)
     try:
         model.load_state_dict(entries)
@@ -250,6 +262,23 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
         _logger.warning(
             "%s is for %d image channels, the model for %d: its first convolution is adapted", path, *channels
         )
+
+
+def count_classes(path: str | Path, model: nn.Module) -> int | None:
+    """Return the number of classes of a checkpoint, None if it has no classifier of the model's name.
+
+    Args:
+        path: Checkpoint file, see `read_state_dict`.
+        model: Model that the weights are for, with any number of classes.
+    """
+    weight = read_state_dict(path, model).get(f"{_classifiers(model)[0]}.weight")
+    return None if weight is None else len(weight)
+
+
+def _classifiers(model: nn.Module) -> Sequence[str]:
+    """Return the names of a model's classifiers, linear layers."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or getattr(model, "classifiers", "head")
+    return (names,) if isinstance(names, str) else names
 
 
 def keep_own_classifier(
@@ -319,7 +348,7 @@ def mismatch(entries: dict[str, Tensor], name: str, error: RuntimeError) -> str:
         name: Name of the model that refused it.
         error: Error of load_state_dict.
     """
-    likely = next(filter(None, (identify(entries) for identify in identifiers)), None)
+    likely = _identify(entries)
     if likely and likely != name:
         return f"these are the weights of {likely}"
     # torch's first line names only the class. Each further line is one kind of mismatch.

@@ -135,7 +135,7 @@ def test_initial_checkpoint_of_other_classes_gets_a_new_classifier(
             image.unlink()
         (digits_copy / split / "9").rmdir()
     weights = folder / "model_best.safetensors"
-    flags = [*tiny_flags, "--initial-checkpoint", weights, "--output", tmp_path, "--experiment", "fine", "--lr", 0]
+    flags = [*tiny_flags, "--initial-checkpoint", folder, "--output", tmp_path, "--experiment", "fine", "--lr", 0]
     outcome = run_main(train, digits_copy, *flags, "--epochs", 1, "--warmup-lr", 0, "--min-lr", 0)
     assert outcome.status == 0, outcome.err
     tuned, start = load_file(tmp_path / "fine" / "model_best.safetensors"), load_file(weights)

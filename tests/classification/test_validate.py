@@ -1,8 +1,16 @@
 """validate.py: its numbers, its JSON, ImageNet-Real and V2 layouts, and what wrong input says."""
 
+import csv
+import itertools
 import json
+import os
 import re
 import shutil
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import timm
@@ -214,7 +222,7 @@ def norm(model):
     ("flags", "says"),
     [
         (["--checkpoint", "{tmp}/none.pth"], "no checkpoint at"),
-        ([], r"which weights\? --checkpoint FILE, or --pretrained for the published ones"),
+        ([], r"which weights\? --checkpoint RUN, a file, a link or a name such as lit_s.in1k"),
         (["--checkpoint", "{tmp}"], "is a folder"),
         (["--checkpoint", "{tmp}/empty.pth"], "is empty"),
         (["--checkpoint", "{tmp}/short.safetensors"], "truncated"),
@@ -259,3 +267,137 @@ def test_a_class_map_does_not_change_what_the_checkpoint_remembers(weights, digi
     outcome = run_main(validate, *flags, "--class-map", tmp_path / "map.txt")
     assert outcome.status == 2
     assert "the classes of the class map are not those of the checkpoint: number 0 is 9, not 0" in outcome.err
+
+
+def test_a_run_folder_is_a_checkpoint(digits, weights, run_main):
+    """Its best weights, or else its last ones. Whose weights they are is told if --model is another."""
+    results = [run_main(validate, digits, "--checkpoint", path, "-j", 0) for path in (weights.parent, weights)]
+    first, second = (json.loads(outcome.out) for outcome in results)
+    assert first["top1"] == second["top1"]
+    outcome = run_main(validate, digits, "--checkpoint", weights.parent, "--model", "lit_s", "-j", 0)
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"error: {weights} holds the weights of lit_ti, and --model is lit_s: leave that out")
+
+
+def test_a_report(digits, tiny, weights, tmp_path, run_main):
+    outcome = run_main(validate, digits, "--checkpoint", weights, "-b", 16, "-j", 0, "--report", tmp_path / "report")
+    assert outcome.status == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert json.loads((tmp_path / "report" / "result.json").read_text()) == result
+    files = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert files == [
+        "confusion.csv",
+        "confusion.png",
+        "mistakes.png",
+        "per_class.csv",
+        "predictions.csv",
+        "result.json",
+    ]
+    rows, classes, confusion = (
+        list(csv.DictReader((tmp_path / "report" / f"{name}.csv").open()))
+        for name in ("predictions", "per_class", "confusion")
+    )
+    probabilities, target = scores(tiny, digits / "val")
+    guesses = probabilities.argmax(1)
+    for row, own, values in zip(rows, target, probabilities, strict=True):
+        assert Path(row["image"]).parent.name == row["class"] == str(own.item())
+        assert row["class_1"] == str(values.argmax().item())
+        assert float(row["probability_1"]) == pytest.approx(values.max().item(), abs=1e-4)
+        assert float(row["probability"]) == pytest.approx(values[own].item(), abs=1e-4)
+    for digit, row in enumerate(classes):
+        of_class = target == digit
+        assert float(row["top1"]) == pytest.approx(100 * (guesses[of_class] == digit).double().mean().item(), abs=0.01)
+        assert [int(confusion[digit][f"{other} {other}"]) for other in range(10)] == torch.bincount(
+            guesses[of_class], minlength=10
+        ).tolist()
+    confidence, bins = probabilities.max(1).values, torch.linspace(0, 1, 16)
+    error = 0.0
+    for low, high in itertools.pairwise(bins):
+        inside = (confidence >= low) & (confidence < high)
+        if inside.any():
+            gap = (guesses == target)[inside].double().mean() - confidence[inside].double().mean()
+            error += inside.double().mean().item() * abs(gap.item())
+    assert result["calibration_error"] == pytest.approx(error, abs=1e-3)
+    assert "accuracy per class, lowest first" in outcome.err
+    assert Image.open(tmp_path / "report" / "confusion.png").width > 200
+
+
+def test_flip_averages_the_probabilities(digits, tiny, weights, run_main):
+    outcome = run_main(validate, digits, "--checkpoint", weights, "-j", 0, "--flip")
+    (plain, target), (flipped, _) = (scores(tiny, digits / "val", flip) for flip in (False, True))
+    loss = -((plain + flipped) / 2).gather(1, target.unsqueeze(1)).log().mean().item()
+    assert json.loads(outcome.out)["loss"] == pytest.approx(loss, abs=2e-4)
+
+
+def scores(model, folder, flip=False):
+    """Probabilities (N, K) and classes (N,), by plain code."""
+    paths = sorted(folder.rglob("*.png"))
+    images = torch.stack([normalize(pil_to_tensor(Image.open(path)) / 255, *norm(model)) for path in paths])
+    with torch.inference_mode():
+        logits = model(images.flip(-1) if flip else images)
+    return logits.softmax(1), torch.tensor([int(path.parent.name) for path in paths])
+
+
+def test_several_processes_count_each_image_once(digits_copy, weights, tmp_path, run_main):
+    """39 images are uneven for two processes."""
+    next((digits_copy / "val" / "3").glob("*.png")).unlink()
+    flags = [digits_copy, "--checkpoint", weights, "-b", "4", "-j", "0"]
+    alone = run_main(validate, *flags, "--report", tmp_path / "one")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        validate.__file__,
+    ]
+    command += [*map(str, flags), "--report", str(tmp_path / "two")]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(alone.out), json.loads(done.stdout)
+    assert (second["images"], second["processes"]) == (39, 2)
+    for name in ("top1", "top5", "loss", "calibration_error"):
+        assert second[name] == pytest.approx(first[name], abs=1e-3)
+    one, two = (list(csv.reader((tmp_path / name / "predictions.csv").open())) for name in ("one", "two"))
+    assert [row[:3] for row in one] == [row[:3] for row in two]
+
+
+def test_the_result_is_json_and_replaces_nothing_but_a_plain_file(digits, tiny, weights, tmp_path, run_main):
+    infinite = {name: value * 1e19 if name == "head.weight" else value for name, value in tiny.state_dict().items()}
+    infinite["head.bias"] = torch.full((10,), 3e38)
+    infinite["head.bias"][0] = -3e38
+    save_weights(tmp_path / "wide.safetensors", infinite, read_description(weights))
+    plain, link = tmp_path / "result.json", tmp_path / "link.json"
+    plain.write_text("old")
+    link.symlink_to("result.json")
+    outcome = run_main(validate, digits, "--checkpoint", tmp_path / "wide.safetensors", "-j", 0, "--results-file", link)
+    assert outcome.status == 0, outcome.err
+    result = json.loads(outcome.out, parse_constant=pytest.fail)
+    assert result["loss"] is None
+    assert json.loads(plain.read_text()) == result
+    assert link.is_symlink()
+
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    outcome = run_main(validate, digits, "--checkpoint", weights, "-j", 0, "--results-file", tmp_path / "pipe")
+    reader.join(10)
+    assert read == [outcome.out]
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_a_result_that_cannot_be_written_is_printed(digits, weights, tmp_path, run_main):
+    name = tmp_path / ("x" * 300)
+    outcome = run_main(validate, digits, "--checkpoint", weights, "-j", 0, "--results-file", name)
+    assert outcome.status == 2
+    assert json.loads(outcome.out)["images"] == 40
+    assert re.fullmatch(r"error: cannot write .*: File name too long.*\n", outcome.err), outcome.err
+
+
+def test_standard_output_as_results_file_holds_the_result_once(digits, weights, tmp_path, run_script):
+    outcome = run_script("validate.py", digits, "--checkpoint", weights, "-j", 0, "--results-file", "/dev/stdout")
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["images"] == 40
+    assert os.path.islink("/dev/stdout")

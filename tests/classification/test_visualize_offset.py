@@ -92,6 +92,31 @@ def test_a_checkpoint_knows_that_its_images_are_not_square(folder, tmp_path):
     assert sorted(path.name[:14] for path in plots.glob("row*"))[-1] == "row01_column02"
 
 
+@pytest.mark.parametrize("colour", [RED, (255, 255, 255)])
+def test_dots_are_seen_on_a_picture_of_their_own_colour(folder, tmp_path, colour):
+    Image.new("RGB", (64, 64), colour).save(tmp_path / "one.png")
+    plot(folder, tmp_path, "--img-size", "64", "--vis_image", str(tmp_path / "one.png"))
+    image = Image.open(tmp_path / "one" / "row00_column01.png")
+    zoom = image.height // 64
+    # The way from one dot of the first row to the next: 8 pixels below the centre of its patch.
+    way = [image.getpixel((x, round(10 * zoom))) for x in range(round(34 * zoom), round(38 * zoom))]
+    assert min(sum(map(abs, np.subtract(pixel, RED))) for pixel in way) < 30
+    assert max(sum(map(abs, np.subtract(pixel, RED))) for pixel in way) > 200
+
+
+def test_whose_weights_these_are(folder, tmp_path):
+    """Those of a run say it. Those of a published model are known by their layers."""
+    model = create_model("lit_s", num_classes=7, img_size=64, **SMALL)
+    description = {"model": "lit_s", "img_size": 64, "model_kwargs": SMALL}
+    save_weights(tmp_path / "run.safetensors", model.state_dict(), description)
+    torch.save(create_model("lit_s").state_dict(), tmp_path / "published.pth")
+    grey = ["--vis_image", str(folder / "grey.jpeg"), "--model", "lit_ti", "--device", "cpu", "--resume"]
+    with pytest.raises(InputError, match="holds the weights of lit_s, and --model is lit_ti: leave that out"):
+        visualize_offset.main([*grey, str(tmp_path / "run.safetensors")])
+    with pytest.raises(InputError, match="these are the weights of lit_s"):
+        visualize_offset.main([*grey, str(tmp_path / "published.pth")])
+
+
 @pytest.mark.parametrize(("grey", "rows_moved"), [(110, -4), (140, 4)])
 def test_the_network_sees_a_normalised_image(folder, tmp_path, grey, rows_moved):
     # Offsets that are the sign of the first pixels' red, which is negative below ImageNet's mean of 124.
@@ -138,5 +163,5 @@ def test_wrong_input_is_one_line(folder, tmp_path, flags, message):
 
 
 def test_a_checkpoint_must_be_named():
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(InputError, match="which weights"):
         visualize_offset.main(["--model", "lit_ti"])

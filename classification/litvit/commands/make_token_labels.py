@@ -22,6 +22,7 @@ from litvit.settings import add_flags, take
 from litvit.training import teacher
 from litvit.training.evaluate import MAX_NAMED
 from litvit.training.flags import (
+    CHECKPOINT_HELP,
     TRACEBACK_HELP,
     HelpFormatter,
     add_model_flags,
@@ -57,7 +58,7 @@ class _Help(HelpFormatter, argparse.RawDescriptionHelpFormatter):
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What it leaves open comes from the checkpoint's own description, if it has one."""
     parser = ArgumentParser(
-        usage="%(prog)s DATA_DIR OUTPUT --model NAME (--checkpoint FILE | --pretrained) [flags]",
+        usage="%(prog)s DATA_DIR OUTPUT --checkpoint WEIGHTS [flags]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=_Help,
@@ -66,7 +67,7 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("data_dir", metavar="DATA_DIR", help="folder with train/ or train.tar, as for train.py")
     add("output", metavar="OUTPUT", type=Path, help="folder of the label files")
-    add("--checkpoint", metavar="FILE", help="the teacher's weights, a file or a link: .safetensors, .pth, last.pth")
+    add("--checkpoint", metavar="WEIGHTS", help=f"the teacher's {CHECKPOINT_HELP}")
     add("--device", metavar="NAME", help="cuda, cpu ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
     group = parser.add_argument_group("data")

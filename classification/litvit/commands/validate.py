@@ -2,25 +2,33 @@
 
 import argparse
 import json
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from timm.data import RealLabelsImagenet
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from litvit.cli import ArgumentParser
-from litvit.data.loader import eval_loader
+from litvit.data.dataset import Images
+from litvit.data.loader import Batch, eval_loader
 from litvit.data.readers import DataConfig, class_names, open_for_evaluation, train_classes
 from litvit.data.streams import ImageStream
 from litvit.errors import InputError
-from litvit.memory import keep_freed_memory
-from litvit.processes import Processes, choose_device
-from litvit.runs.folder import replace_file
+from litvit.processes import start_processes
+from litvit.runs.folder import save_text
 from litvit.settings import take
 from litvit.training.blank_images import check_scores
+from litvit.training.classifier import readable_names
 from litvit.training.evaluate import evaluate
 from litvit.training.flags import (
+    CHECKPOINT_HELP,
     TRACEBACK_HELP,
     HelpFormatter,
     add_data_flags,
@@ -29,21 +37,32 @@ from litvit.training.flags import (
     parse_with_checkpoint,
 )
 from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings, image_size
+from litvit.training.predictions import Predicted, Predictions
+from litvit.training.report import COLUMNS, RESULT, format_table, per_class, write_report
+
+SHOWN = 20  # classes in the table on the terminal
 
 
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What it leaves open comes from the checkpoint's own description, if it has one."""
     parser = ArgumentParser(
-        usage="%(prog)s DATA_DIR --model NAME (--checkpoint FILE | --pretrained) [flags]",
-        description="Evaluate a checkpoint: top-1, top-5, loss, images/s. The weights of a training run "
-        "(model_best.safetensors) know their model, image size and normalisation; flags override them.",
+        usage="%(prog)s DATA_DIR --checkpoint WEIGHTS [flags]",
+        description="Evaluate a checkpoint: top-1, top-5, loss, calibration error, images/s. The weights of a training "
+        "run know their model, image size and normalisation; flags override them. Under torchrun, several processes.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("data_dir", metavar="DATA_DIR", help="folder with val/ (or a folder of classes itself, as ImageNet-V2's)")
-    add("--checkpoint", metavar="FILE", help="weights, a file or a link: .safetensors, .pth, last.pth of a run")
+    add("--checkpoint", metavar="WEIGHTS", help=CHECKPOINT_HELP)
     add("--results-file", metavar="FILE", help="file for the result, as JSON")
+    add(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="folder for accuracy per class, confusion matrix, most confident mistakes, predictions per image",
+    )
+    add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--real-labels", nargs="?", const="", metavar="FILE", help="count by ImageNet-Real's labels too (timm's copy)")
     add("--device", metavar="NAME", help="cuda, cpu ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
@@ -53,8 +72,13 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add_precision_flags(parser, training=False)
     settings = parse_with_checkpoint(parser, argv)
     results = Path(settings.results_file or "result.json")
-    if not results.parent.is_dir() or results.is_dir():
+    if not os.path.isdir(results.parent) or os.path.isdir(results):
         raise InputError(f"--results-file {results}: name a file in an existing folder")
+    if settings.report:
+        try:
+            settings.report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--report {settings.report}: {error.strerror}") from error
     return settings
 
 
@@ -62,9 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says. Returns 0."""
     settings = parse_settings(argv)
     data, config, precision = (take(group, vars(settings)) for group in (DataConfig, ModelConfig, PrecisionConfig))
-    device = choose_device(settings.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    processes = start_processes(settings.device)
+    device = processes.device
     known_classes = settings.description.get("classes")
     images = open_for_evaluation(data, known_classes, config.decoder)
     classes = class_names(images)
@@ -85,17 +108,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.to(device)
     data_config = data_settings(config, model)
     check_scores(model, config, precision, data_config["input_size"], num_classes, device)
+    if settings.flip:
+        model = FlipAverage(model)
     if precision.torchcompile:
         model = torch.compile(model, backend=precision.torchcompile)
-    processes = Processes(device)
     loader = eval_loader(images, data_config, processes, batch_size=data.batch_size, workers=data.workers)
-    for note in images.notes:
-        print(f"{data.val_split}: {note}", file=sys.stderr)
-    real_labels = (
-        real_imagenet_labels(images.filenames(), settings.real_labels) if settings.real_labels is not None else None
-    )
+    if processes.primary:
+        for note in images.notes:
+            print(f"{data.val_split}: {note}", file=sys.stderr)
+    names = None if isinstance(images, ImageStream) else images.filenames()
+    real_labels = None
+    if settings.real_labels is not None:
+        real_labels = real_imagenet_labels(names, settings.real_labels)
 
-    metrics = evaluate(model, loader, processes, precision.autocast(device), real_labels=real_labels)
+    predictions = Predictions()
+    progress = partial(_with_progress, hidden=not processes.primary or not sys.stderr.isatty())
+    autocast = precision.autocast(device)
+    metrics = evaluate(model, loader, processes, autocast, predictions=predictions, iterate=progress)
+    predicted = predictions.gather(processes)
+    if not processes.primary:
+        return 0
+    metrics["calibration_error"] = predicted.calibration_error()
+    if real_labels is not None:
+        metrics |= real_accuracy(predicted, names, real_labels)
     result = {
         "model": config.model,
         "checkpoint": settings.checkpoint or "pretrained",
@@ -107,13 +142,78 @@ def main(argv: Sequence[str] | None = None) -> int:
         "interpolation": data_config["interpolation"],
         "precision": precision.amp_dtype if precision.amp else "float32",
         "device": str(device),
-        **{name: round(value, 4) for name, value in metrics.items()},
+        **({"flip": True} if settings.flip else {}),
+        **({"processes": processes.world_size} if processes.world_size > 1 else {}),
+        **{name: round(value, 4) if math.isfinite(value) else None for name, value in metrics.items()},
     }
-    text = json.dumps(result, indent=2)
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    print(text, end="", flush=True)
+    if settings.report:
+        labels = _class_labels(num_classes, known_classes, classes)
+        _write_report(settings.report, predicted, labels, images, names)
+        save_text(settings.report / RESULT, text)
     if settings.results_file:
-        replace_file(Path(settings.results_file), lambda temporary: temporary.write_text(text + "\n"))
-    print(text)
+        save_text(Path(settings.results_file), text)
     return 0
+
+
+class FlipAverage(nn.Module):
+    """A classifier that averages the probabilities of an image and of its mirror image.
+
+    Args:
+        model: Model from images (B, C, H, W) to logits (B, K).
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logarithms of the mean probabilities, (B, K)."""
+        both = [self.model(view).float().log_softmax(-1) for view in (images, images.flip(-1))]
+        return torch.logaddexp(*both) - math.log(2)
+
+
+def _with_progress(batches: Iterable[Batch], hidden: bool) -> Iterator[Batch]:
+    """Yield batches, and show how many have come."""
+    return iter(tqdm(batches, desc="validate", unit="batch", disable=hidden, leave=False))
+
+
+def _class_labels(num_classes: int, known: Sequence[str] | None, found: dict[str, int] | None) -> list[str]:
+    """Return the names of all classes in the order of their numbers; a class that has no name has its number."""
+    names = {number: name for name, number in (found or {}).items()} | dict(enumerate(known or ()))
+    return readable_names([str(names.get(number, number)) for number in range(num_classes)])
+
+
+def _write_report(
+    folder: Path, predicted: Predicted, classes: list[str], images: Images | ImageStream, names: list[str] | None
+) -> None:
+    """Write a report but its result, and print the classes that fare worst."""
+
+    def open_image(index: int) -> Image.Image:
+        return images.decoder(images.open(index)[0])
+
+    try:
+        write_report(folder, predicted, classes, names, open_image)
+    except OSError as error:
+        raise InputError(f"cannot write the report to {folder}: {error.strerror or error}") from error
+    rows = [row for row in per_class(predicted, classes) if row["images"]]
+    rows.sort(key=lambda row: row["top1"])
+    shown = rows[:SHOWN]
+    more = f" (the {SHOWN} lowest of {len(rows)})" if len(rows) > SHOWN else ""
+    print(f"\naccuracy per class, lowest first{more}:\n{format_table(shown, COLUMNS)}", file=sys.stderr)
+    print(f"\nreport: {folder}", file=sys.stderr)
+
+
+def real_accuracy(predicted: Predicted, names: list[str], labels: RealLabelsImagenet) -> dict[str, float]:
+    """Return real_top1 and real_top5 in percent, over the images that have labels in ImageNet-Real."""
+    real = [labels.real_labels[Path(name).name] for name in names]
+    guesses = predicted.classes.tolist()
+    labelled = [(set(true), best) for true, best in zip(real, guesses, strict=True) if true]
+    return {
+        f"real_top{k}": 100 * sum(not true.isdisjoint(best[:k]) for true, best in labelled) / max(len(labelled), 1)
+        for k in (1, 5)
+    }
 
 
 def real_imagenet_labels(filenames: list[str], file: str) -> RealLabelsImagenet:

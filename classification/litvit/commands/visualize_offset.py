@@ -23,8 +23,8 @@ from litvit.errors import InputError, is_from_user_code, printable
 from litvit.models import Backbone
 from litvit.processes import choose_device
 from litvit.settings import add_flags, take
-from litvit.training.flags import TRACEBACK_HELP, parse_with_checkpoint
-from litvit.training.model import ModelConfig, data_settings
+from litvit.training.flags import CHECKPOINT_HELP, TRACEBACK_HELP, parse_with_checkpoint
+from litvit.training.model import ModelConfig, data_settings, named_weights
 
 FOLDER = Path("visualization")
 
@@ -34,8 +34,7 @@ def build_model(name: str, checkpoint: str | None, img_size: tuple[int, int] | N
 
     Args:
         name: Name of the model.
-        checkpoint: Checkpoint, any that `litvit validate` takes, with any number of classes. None for the published
-            weights.
+        checkpoint: File or link of weights, with any number of classes. None for the published weights.
         img_size: Height and width of the image to plot, None for the model's own.
         model_kwargs: Further arguments of the model.
 
@@ -43,19 +42,20 @@ def build_model(name: str, checkpoint: str | None, img_size: tuple[int, int] | N
         InputError: The model is unknown or has no merging modules, or the checkpoint does not fit.
     """
     kwargs = {**model_kwargs, "num_classes": 0}
-    try:
-        model = create_model(name, **kwargs)
-        merging_modules(model)
-        # Resize position tables once, from the checkpoint's size to the image's, if the model can have that size.
-        if img_size is not None and not any(side % model.total_stride for side in img_size):
-            kwargs["img_size"] = img_size
-        model = create_model(name, pretrained=checkpoint is None, **kwargs)
-    except TypeError as error:
-        if is_from_user_code(error):
-            raise
-        raise InputError(f"{name} cannot be built with {model_kwargs}: {error}") from error
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
+    with named_weights(checkpoint, name):
+        try:
+            model = create_model(name, **kwargs)
+            merging_modules(model)
+            # Resize position tables once, from the checkpoint's size to the image's, if the model can have that size.
+            if img_size is not None and not any(side % model.total_stride for side in img_size):
+                kwargs["img_size"] = img_size
+            model = create_model(name, pretrained=checkpoint is None, **kwargs)
+        except TypeError as error:
+            if is_from_user_code(error):
+                raise
+            raise InputError(f"{name} cannot be built with {model_kwargs}: {error}") from error
+        if checkpoint is not None:
+            load_weights(model, checkpoint)
     return model
 
 
@@ -81,7 +81,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]
         "green square of a regular grid, the 64 locations as red dots) and an overview of all tokens.",
     )
     add = parser.add_argument
-    add("--resume", dest="checkpoint", metavar="FILE", help="checkpoint, any that validation takes: a file or a link")
+    add("--resume", "--checkpoint", dest="checkpoint", metavar="WEIGHTS", help=CHECKPOINT_HELP)
     image = {"default": str(FOLDER / "demo.JPEG"), "metavar": "FILE", "help": "image (visualization/demo.JPEG)"}
     add("--vis_image", "--vis-image", **image)
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")

@@ -136,6 +136,15 @@ def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError("another archive follows its end: pack both as one")
 
 
+def image_files(root: Path) -> list[str]:
+    """Return the paths of all images in a folder, relative to it, in the order of their names.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    return natural_order(_FolderScan().walk(root))
+
+
 def class_folders(root: Path) -> list[str]:
     """Return the names of the classes that `ImageFiles` finds in a folder, without listing all of its images."""
     classes = {path.partition("/")[0] for path in _FolderScan().walk(root, one_per_class=True) if "/" in path}

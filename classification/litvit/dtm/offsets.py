@@ -17,7 +17,7 @@ from litvit.errors import InputError
 PATCH_SIZE = 4
 # Plots are enlarged images, with this many pixels or more on the shorter side, so that the dots of a token lie apart.
 PLOT_SIZE, OVERVIEW_SIZE = 448, 896
-GREEN, RED, ORANGE = (0, 230, 0), (235, 20, 20), (255, 150, 0)
+GREEN, RED, ORANGE, WHITE = (0, 230, 0), (235, 20, 20), (255, 150, 0), (255, 255, 255)
 
 
 def merging_modules(model: nn.Module) -> list[DeformableTokenMerging]:
@@ -160,16 +160,18 @@ def _draw_token(
     draw = ImageDraw.Draw(canvas)
     top, left = (zoom * start for start in corner)
     draw.rectangle((left, top, left + side * zoom - 1, top + side * zoom - 1), outline=GREEN, width=2)
-    dot, radius = _dot(zoom)
-    for y, x in points:
-        # The centre of pixel (0, 0) is (zoom / 2, zoom / 2) on the canvas.
-        centre_x, centre_y = (x + 0.5) * zoom, (y + 0.5) * zoom
-        draw.bitmap((round(centre_x - radius), round(centre_y - radius)), dot, fill=colour)
+    side = max(5, round(1.6 * zoom))
+    # A white rim below the dots: they are seen on pictures of their own colour too.
+    for dot, fill in ((_dot(side + 2 * max(1, side // 5)), WHITE), (_dot(side), colour)):
+        for y, x in points:
+            # The centre of pixel (0, 0) is (zoom / 2, zoom / 2) on the canvas.
+            corner = (round((x + 0.5) * zoom - dot.width / 2), round((y + 0.5) * zoom - dot.height / 2))
+            draw.bitmap(corner, dot, fill=fill)
 
 
-def _dot(zoom: int) -> tuple[Image.Image, float]:
-    """Return a smooth disc as a mask, and half its side."""
-    side, finer = max(5, round(1.6 * zoom)), 8
+def _dot(side: int) -> Image.Image:
+    """Return a smooth disc as a mask."""
+    finer = 8
     disc = Image.new("L", (side * finer, side * finer))
     ImageDraw.Draw(disc).ellipse((0, 0, side * finer - 1, side * finer - 1), fill=255)
-    return disc.resize((side, side), Image.Resampling.BOX), side / 2
+    return disc.resize((side, side), Image.Resampling.BOX)

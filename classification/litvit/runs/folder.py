@@ -23,7 +23,7 @@ import yaml
 
 from litvit.archives import verify_archive
 from litvit.checkpoints import read_checkpoint
-from litvit.downloads import fetch
+from litvit.downloads import fetch, is_link
 from litvit.errors import InputError, printable
 from litvit.settings import setting
 
@@ -152,6 +152,29 @@ def replace_file(path: Path, write: Callable[[Path], None], keep: Path | None = 
             temporary.unlink(missing_ok=True)
 
 
+def save_text(path: Path, text: str) -> None:
+    """Write a text that has been printed. A plain file is replaced whole. A link stays one, and its file is replaced.
+
+    What is no plain file, such as a pipe, is written to. Standard output is not: it has the text.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        if path.exists() and os.path.samestat(os.stat(path), os.fstat(1)):
+            return
+        # /dev/stderr may be a file, of which the text is a part
+        # /dev/stderr may be a file, of which the text is a part.
+        of_the_system = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+        if of_the_system or (path.exists() and not path.is_file()):
+            with open(path, "a") as file:
+                file.write(text)
+        else:
+            replace_file(Path(os.path.realpath(path)), lambda temporary: temporary.write_text(text))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -229,6 +252,24 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
                 shown = printable(textwrap.shorten(repr(description[name]), 60, placeholder=" ..."))
                 raise InputError(f"{path}: its description is damaged: {name} is {shown}, not {kind}; save it again")
     return description
+
+
+def weights_file(source: str) -> str:
+    """Return the file of weights that a source names: in a run's folder the best ones, or else the last checkpoint.
+
+    Args:
+        source: Folder of a run, else a file or a link, which is returned as it is.
+
+    Raises:
+        InputError: a folder that holds no weights of a run.
+    """
+    folder = Path(source).expanduser()
+    if is_link(source) or not folder.is_dir():
+        return source
+    for name in (BEST_WEIGHTS, CHECKPOINT):
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise InputError(f"{source} is a folder without the weights of a run ({BEST_WEIGHTS} or {CHECKPOINT})")
 
 
 def resumed_folder(resume: str) -> Path:

@@ -2,4 +2,4 @@
 
 from litvit.errors import require
 
-require("train", "tensorboard", "tqdm", "timm.task.evaluator")
+require("train", "tensorboard", "tqdm", "timm.task.evaluator", "torchmetrics", "matplotlib")

@@ -13,7 +13,7 @@ from litvit.data.random_streams import Stream, random_stream, seed_everything
 from litvit.data.token_labels import TokenLabels
 from litvit.errors import InputError
 from litvit.processes import Processes, is_primary, start_processes
-from litvit.runs.folder import RunFolder, read_description
+from litvit.runs.folder import RunFolder, read_description, weights_file
 from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
 from litvit.training.model import ModelConfig, build_model, data_settings, image_size
@@ -42,7 +42,7 @@ def build_trainer(config: Config) -> Trainer:
     start = config.model if resumed is None else replace(config.model, pretrained=False)
     model = build_model(start, data.num_classes)
     if config.model.initial_checkpoint and resumed is None:
-        load_weights(model, config.model.initial_checkpoint, new_classifier=True)
+        load_weights(model, weights_file(config.model.initial_checkpoint), new_classifier=True)
         data.train.notes += _differences(config.model, data.classes)
     model.to(processes.device)
     data_config = data_settings(config.model, model)
@@ -132,7 +132,7 @@ def check_step(trainer: Trainer) -> None:
 def _differences(config: ModelConfig, classes: list[str] | None) -> list[str]:
     """Return sentences on how the images differ from those that the initial checkpoint was trained on."""
     file, notes = config.initial_checkpoint, []
-    description = read_description(file)
+    description = read_description(weights_file(file))
     known = description.get("classes")
     if known and classes and len(known) == len(classes) and known != classes:
         notes.append(f"the classifier of {file} starts with other classes: number 0 was {known[0]}, is {classes[0]}")

@@ -4,15 +4,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
-from timm.data import RealLabelsImagenet
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 
 from litvit.data.loader import Batch
 from litvit.errors import InputError
 from litvit.processes import Processes
+
+if TYPE_CHECKING:
+    from litvit.training.predictions import Predictions  # its torchmetrics takes a second that a training need not wait
 
 logger = logging.getLogger("litvit")
 MAX_NAMED = 20  # images that an error names
@@ -24,7 +27,7 @@ def evaluate(
     processes: Processes,
     autocast: Callable[[], AbstractContextManager],
     *,
-    real_labels: RealLabelsImagenet | None = None,
+    predictions: "Predictions | None" = None,
     iterate: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
 ) -> dict[str, float]:
     """Evaluate a classifier in eval mode, and restore its mode.
@@ -34,12 +37,11 @@ def evaluate(
         loader: Batches from `eval_loader`.
         processes: The processes that share the batches, and this one's device. Counts are summed over them.
         autocast: Function that makes the context of mixed precision.
-        real_labels: Labels of ImageNet-Real to count by too, for one process.
+        predictions: Where to note what the model says of every image, padding left out.
         iterate: Function that returns an iterator of the batches.
 
     Returns:
-        loss (mean cross-entropy), top1 and top5 in percent, images (how many), images_per_second (over all processes),
-        and real_top1 and real_top5 if `real_labels` is given.
+        loss (mean cross-entropy), top1 and top5 in percent, images (how many), images_per_second (over all processes).
 
     Raises:
         InputError: images that cannot be read, in all processes, when all images have been tried.
@@ -54,9 +56,11 @@ def evaluate(
             faults += unreadable
             with autocast():
                 logits = model(images)
+            before = evaluator.num_samples
             evaluator.update(logits, target)
-            if real_labels is not None:
-                real_labels.add_result(logits)
+            if predictions is not None:
+                counted = evaluator.num_samples - before
+                predictions.add(logits[:counted], target[:counted])
         metrics = dict(evaluator.compute(processes.distributed))  # reads the counts, so it waits for the device
     seconds = time.perf_counter() - start
     model.train(was_training)
@@ -72,7 +76,4 @@ def evaluate(
     if expected and metrics["images"] != expected and processes.primary:
         logger.warning("%d images were evaluated, not the %d that were announced", metrics["images"], expected)
     metrics["images_per_second"] = metrics["images"] / seconds
-    if real_labels is not None:
-        accuracy = real_labels.get_accuracy()
-        metrics["real_top1"], metrics["real_top5"] = accuracy[1], accuracy[5]
     return metrics

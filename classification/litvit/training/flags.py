@@ -2,19 +2,19 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from litvit.checkpoints import identify_file
 from litvit.cli import ArgumentParser, import_modules, model_name
 from litvit.data.augment import AugmentConfig
 from litvit.data.readers import DataConfig
-from litvit.downloads import is_link
 from litvit.errors import InputError
-from litvit.runs.folder import RunConfig, read_description
+from litvit.runs.folder import RunConfig
 from litvit.settings import add_flags
-from litvit.training.model import ModelConfig, PrecisionConfig
+from litvit.training.model import HUB_SOURCES, ModelConfig, PrecisionConfig, find_weights
 from litvit.training.optimizer import OptimConfig
 from litvit.training.tasks import TokenLabelConfig
 
+CHECKPOINT_HELP = "weights: a run's folder, a file, a link, or a name such as lit_s.in1k"
 TRACEBACK_HELP = "show where in the code wrong input was found"
 
 
@@ -106,7 +106,9 @@ def check_range(settings: argparse.Namespace, names: Sequence[str], low: float, 
 def parse_with_checkpoint(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, question: str = "which model?", ignored: str = ""
 ) -> argparse.Namespace:
-    """Parse a command line. What it leaves open comes from the description in its `--checkpoint`, if that has one.
+    """Parse a command line. What it leaves open comes from the weights that its `--checkpoint` names.
+
+    These are what `find_weights` takes. Without a description, those of the models of this package are recognised.
 
     Args:
         parser: Parser with the flags of the model and a flag whose destination is `checkpoint`.
@@ -115,26 +117,32 @@ def parse_with_checkpoint(
         ignored: Setting that is not taken from the checkpoint.
 
     Returns:
-        Settings by flag name; `description` is the checkpoint's, empty if it has none.
+        Settings by flag name. `checkpoint` is a file or a link, or None where `pretrained` is True. `description` is
+        the checkpoint's, empty if it has none.
 
     Raises:
         InputError: wrong flags, an unknown model, or not exactly one of `--checkpoint` and `--pretrained`.
     """
     flags = {action.dest: action.option_strings[-1:] for action in parser._actions}
     weights = parser.parse_args(argv)
-    if bool(weights.checkpoint) == weights.pretrained:
-        raise InputError(f"which weights? {flags['checkpoint'][0]} FILE, or --pretrained for the published ones")
-    description = read_description(weights.checkpoint)
+    if weights.checkpoint and weights.pretrained:
+        raise InputError(f"{flags['checkpoint'][0]} and --pretrained are both weights: give one of them")
+    if not weights.checkpoint and not weights.pretrained:
+        raise InputError(f"which weights? {flags['checkpoint'][0]} RUN, a file, a link or a name such as lit_s.in1k")
+    file, description = find_weights(weights.checkpoint) if weights.checkpoint else (None, {})
     known = {name: value for name, value in description.items() if name in flags and name != ignored}
     kwargs = {name: value for name, value in description.get("model_kwargs", {}).items() if name != "img_size"}
     parser.set_defaults(**known | {"model_kwargs": list(kwargs.items())})
     settings = parser.parse_args(argv)
-    if settings.model is None:
-        if settings.checkpoint and not is_link(settings.checkpoint) and not Path(settings.checkpoint).is_file():
-            raise InputError(f"no checkpoint at {settings.checkpoint}")
-        raise InputError(f"{question} --model NAME")
+    if weights.checkpoint and file is None and settings.model != description["model"]:
+        raise InputError(f"--model {settings.model} and the weights of {description['model']}: leave out --model")
+    settings.checkpoint, settings.pretrained = file, file is None
     import_modules(settings.imports)
-    model_name(settings.model)
+    settings.model = settings.model or (identify_file(file) if file else None)
+    if settings.model is None:
+        raise InputError(f"{question} --model NAME")
+    if not settings.model.startswith(HUB_SOURCES):
+        model_name(settings.model)
     settings.model_kwargs, settings.description = dict(settings.model_kwargs), description
     check_range(settings, POSITIVE, 1, None)
     check_range(settings, NOT_NEGATIVE, 0, None)

@@ -3,8 +3,9 @@
 import argparse
 import ast
 import contextlib
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,12 +19,15 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import litvit  # noqa: F401 - registers the project's models with timm
-from litvit.checkpoints import load_weights
+from litvit.checkpoints import count_classes, load_weights
 from litvit.data.pixels import Decoder
+from litvit.downloads import is_link
 from litvit.errors import InputError, is_from_user_code
 from litvit.models.backbone import Backbone
+from litvit.runs.folder import read_description, weights_file
 from litvit.settings import setting
 
+HUB_SOURCES = ("local-dir:", "hf-hub:")  # what timm's names of folders and of models on the Hub begin with
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 
 
@@ -81,7 +85,7 @@ class ModelConfig:
     drop_path: float = setting(0.0, "P", "stochastic depth rate of the last block", training=True)
     pretrained: bool = setting(False, None, "the published weights of the model, of ours or of timm's")
     initial_checkpoint: str | None = setting(
-        None, "FILE", "weights to start from, a file or a link, also for other classes or image channels", training=True
+        None, "FILE", "weights to start from, a run, a file or a link, for any classes or image channels", training=True
     )
     grad_checkpointing: bool = setting(False, None, "recompute blocks in the backward pass: less memory", training=True)
     sync_bn: bool = setting(False, None, "BatchNorm statistics over all GPUs", training=True)
@@ -157,12 +161,12 @@ class PrecisionConfig:
         return self.amp_dtype if self.amp else "float32"
 
 
-def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
     """Create a model.
 
     Args:
         config: Model to create.
-        num_classes: Number of classes.
+        num_classes: Number of classes, None for the model's own.
 
     Raises:
         InputError: arguments that the model does not take, or weights that cannot be fetched. An exception in a model
@@ -210,24 +214,70 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def build_trained_model(config: ModelConfig, num_classes: int, checkpoint: str | None, data: str | Path) -> nn.Module:
+def find_weights(source: str) -> tuple[str | None, dict[str, Any]]:
+    """Find the weights that a command line or `litvit.load` names.
+
+    Args:
+        source: Folder of a run, or one that `litvit hub-folder` made; a file or a link; or the name of a model of ours
+            or timm's with published weights, such as lit_s.in1k or hf-hub:OWNER/NAME.
+
+    Returns:
+        File or link of the weights, None for the published ones of a model. What is known of the model, see
+        `read_description`: of published ones its name alone.
+
+    Raises:
+        InputError: there is no such thing, or its description is damaged.
+    """
+    path = Path(source).expanduser()
+    if is_link(source) or path.exists():
+        if (path / "config.json").is_file():
+            return None, {"model": f"{HUB_SOURCES[0]}{path}"}
+        file = weights_file(source)
+        return file, read_description(file)
+    if source.startswith(HUB_SOURCES) or timm.is_model(source):
+        return None, {"model": source}
+    near = difflib.get_close_matches(source, timm.list_models(), n=1, cutoff=0.7)
+    hint = f"; did you mean the model {near[0]}?" if near else ""
+    raise InputError(f"no checkpoint at {source}{hint}")
+
+
+@contextlib.contextmanager
+def named_weights(checkpoint: str | None, model: str) -> Iterator[None]:
+    """Say whose weights a checkpoint holds if a block, which loads them, refuses them for another model."""
+    try:
+        yield
+    except InputError as error:
+        known = read_description(checkpoint).get("model", model)
+        if known == model:
+            raise
+        message = f"{checkpoint} holds the weights of {known}, and --model is {model}: leave that out"
+        raise InputError(message) from error
+
+
+def build_trained_model(
+    config: ModelConfig, num_classes: int | None, checkpoint: str | None, data: str | Path = ""
+) -> nn.Module:
     """Create a model with the weights of a checkpoint, or with its published ones.
 
     Args:
         config: Model to create.
-        num_classes: Number of classes.
+        num_classes: Number of classes, None for that of the weights.
         checkpoint: File or link of weights, None for the published ones.
-        data: Name of the data, for messages.
+        data: Name of the data that has this number of classes, for messages.
 
     Raises:
         InputError: weights that are missing, do not fit, or are of other classes.
     """
-    model = build_model(replace(config, pretrained=checkpoint is None), num_classes)
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
-        return model
+    with named_weights(checkpoint, config.model):
+        model = build_model(replace(config, pretrained=checkpoint is None), num_classes)
+        if checkpoint is not None:
+            held = count_classes(checkpoint, model) if num_classes is None else None
+            if held and held != model.num_classes:
+                model = build_model(replace(config, pretrained=False), held)
+            load_weights(model, checkpoint)
+            return model
     known = model.pretrained_cfg["num_classes"]
-    if known != num_classes:  # timm has made a new classifier
+    if num_classes is not None and known != num_classes:  # timm has made a new classifier
         raise InputError(
             f"the pretrained {config.model} knows {known} classes, {data} has {num_classes}: --num-classes {known} and "
             "--class-map FILE say which is which, or give the --checkpoint of a model that was trained on this data"
