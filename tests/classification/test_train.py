@@ -276,7 +276,7 @@ def write_code(path):
         (["--initial-checkpoint", "{tmp}/short.pth"], r"truncated"),
         (["--initial-checkpoint", "{tmp}/code.pth"], r"code.*not run"),
         (["--resume", "{tmp}/none"], r"no run there"),
-        (["--config", "{tmp}/none.yaml"], r"no recipe at .*lit_ti"),
+        (["--config", "{tmp}/none.yaml"], r"no such recipe .*lit_ti"),
         (["--config", "{tmp}/unknown.yaml"], r"unknown key 'lerning_rate'"),
         (["--config", "{tmp}/near.yaml"], r"unknown key 'weight-decay'; did you mean weight_decay"),
         (["--config", "{tmp}/type.yaml"], r"lr: 'abc' is not float"),

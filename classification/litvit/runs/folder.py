@@ -87,7 +87,7 @@ RESUMABLE_CHANGES = (
 class RunConfig:
     """How a run is carried out, and where its files are."""
 
-    config: str | None = setting(None, "FILE", "recipe: a file, or a name such as demo (the model's)")
+    config: str | None = setting(None, "FILE", "recipe: a file, a run's folder, or a name such as demo (the model's)")
     cfg: str | None = setting(None, None, argparse.SUPPRESS)  # of old commands, not read
     output: str = setting("output", "DIR", "folder of all runs")
     experiment: str | None = setting(None, "NAME", "name of the run's folder in --output (date, time and model)")
@@ -228,17 +228,32 @@ def read_description(path: str | Path | None) -> dict[str, Any]:
     return description
 
 
-def resumed_folder(resume: str) -> Path:
+def resumed_folder(resume: str, output: str = "output") -> Path:
     """Return the folder of the run that `--resume` names by its folder or its checkpoint.
 
+    Args:
+        resume: A run's folder, or its checkpoint.
+        output: Folder of all runs, where a run of this name may be.
+
     Raises:
-        InputError: it holds no run.
+        InputError: it names no run. The message says what does.
     """
     path = Path(resume)
-    folder = path if path.is_dir() else path.parent
-    if not holds_run(folder) or (path != folder and path.name != CHECKPOINT):
-        raise InputError(f"--resume {resume}: no run there; name a run's folder, which holds {CHECKPOINT}")
-    return folder
+    if holds_run(path):
+        return path
+    if path.name == CHECKPOINT and holds_run(path.parent):
+        return path.parent
+    if path.is_file() and holds_run(path.parent):
+        advice = f"--resume {path.parent} continues this file's run; --initial-checkpoint starts a run from its weights"
+    elif path.is_file() or "://" in resume:
+        advice = "name the folder of a run; --initial-checkpoint starts a run from weights"
+    elif not path.exists() and holds_run(Path(output) / resume):
+        advice = f"did you mean {Path(output) / resume}?"
+    elif not path.exists():
+        advice = f"there is no such folder; runs are in {output}, and --resume auto starts or continues --experiment's"
+    else:
+        advice = f"name a run's folder, which holds {SETTINGS} and {CHECKPOINT}"
+    raise InputError(f"--resume {resume}: no run there; {advice}")
 
 
 class _WithoutAliases(yaml.SafeDumper):
@@ -280,7 +295,7 @@ class RunFolder:
     def _choose_path(self, model: str) -> Path:
         config = self.config
         if config.resume and config.resume != "auto":
-            return resumed_folder(config.resume)
+            return resumed_folder(config.resume, config.output)
         experiment = config.experiment
         if experiment is None:
             experiment = model if config.resume else f"{datetime.now():%Y%m%d-%H%M%S}-{model}"

@@ -101,7 +101,7 @@ class Trainer:
         """Continue from what `state_dict` returned.
 
         Raises:
-            InputError: the state is of another model, other classes or another optimizer.
+            InputError: the state is of another model, other classes or another optimizer, or of a longer run.
         """
         counts = {"total_batch": self.total_batch, "number of training images": len(self.train_batches.dataset)}
         held = {"total_batch": state["total_batch"], "number of training images": state["num_images"]}
@@ -118,6 +118,15 @@ class Trainer:
             raise InputError(f"--resume: the checkpoint does not fit these settings: {reason}") from error
         self.guard.load_state_dict(state)
         self.progress.load_state_dict(state, self.processes)
+        epochs, steps = self.progress.epoch, self.progress.steps_in_epoch
+        if (epochs, steps) > (self.epochs, 0):
+            trained = f"{epochs} epochs{f' and {steps} steps' if steps else ''}"
+            cooldown = self.epochs - self.config.optim.epochs
+            wanted = f"--epochs {self.config.optim.epochs}{f' and {cooldown} of cool-down' if cooldown else ''}"
+            raise InputError(
+                f"{self.folder} has trained {trained}, more than {wanted}: continue it to a later epoch, or train a "
+                "shorter run in a new --experiment"
+            )
         self.saver.last_step = self.progress.step
         self._set_learning_rate()
 
@@ -149,23 +158,15 @@ class Trainer:
             set_up_logging(None, primary)
             log_start(self)
             return 0
-        self.folder.open(self._settings())
-        set_up_logging(self.folder.path, primary)
-        log_start(self)
-        report = Report(self.folder.path, primary, self.progress.epoch, self.epochs * self.steps_per_epoch)
         status = 0
-        try:
-            with self.saver.signals:
-                while self.progress.epoch < self.epochs:
-                    self.run_epoch(report)
-        except Interrupted:
-            status = EXIT_INTERRUPTED
-        except Diverged as error:
-            status = EXIT_DIVERGED
-            logger.error("%s", error)
-        finally:
-            report.close()
-            self.folder.close()
+        if self.progress.epoch < self.epochs:
+            self.folder.open(self._settings())
+            set_up_logging(self.folder.path, primary)
+            log_start(self)
+            status = self._train()
+        else:  # nothing is left to train, and nothing is written
+            set_up_logging(None, primary)
+            log_start(self)
         if status == 0 and primary and not self.saved:
             status = EXIT_INTERRUPTED
             logger.error("the run has ended, but its end is NOT saved: make room in %s and run it again", self.folder)
@@ -174,6 +175,25 @@ class Trainer:
         if self.processes.distributed:
             torch.distributed.destroy_process_group()
         return status
+
+    def _train(self) -> int:
+        """Train the epochs that are left. Returns the exit status."""
+        report = Report(
+            self.folder.path, self.processes.primary, self.progress.epoch, self.epochs * self.steps_per_epoch
+        )
+        try:
+            with self.saver.signals:
+                while self.progress.epoch < self.epochs:
+                    self.run_epoch(report)
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        except Diverged as error:
+            logger.error("%s", error)
+            return EXIT_DIVERGED
+        finally:
+            report.close()
+            self.folder.close()
+        return 0
 
     def run_epoch(self, report: Report) -> None:
         """Train the rest of an epoch, validate, save, report."""

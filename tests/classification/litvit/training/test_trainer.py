@@ -166,6 +166,34 @@ def test_an_ended_run_says_so(undisturbed, digits, tmp_path, flags, capsys):
     assert (folder / CHECKPOINT).read_bytes() == before
 
 
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_fewer_epochs_than_trained_are_refused_and_change_nothing(flags, tmp_path, run_main, epochs):
+    """Of four epochs two and a half are trained."""
+    trainer = build_trainer(parse_config([*flags, "--epochs", "4"]))
+    at_step(trainer, 10, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert trainer.run() == EXIT_INTERRUPTED
+    before = files_of(tmp_path / "run")
+    outcome = run_main(train, flags[0], "--resume", tmp_path / "run", "--epochs", epochs)
+    if epochs < 3:
+        assert outcome.status == 2
+        assert f"{tmp_path / 'run'} has trained 2 epochs and 2 steps, more than --epochs {epochs}:" in outcome.err
+        assert files_of(tmp_path / "run") == before
+    else:
+        assert outcome.status == 0
+        assert "continuing at epoch 3, step 3" in outcome.out
+
+
+def test_a_run_that_has_ended_keeps_its_settings(undisturbed, flags, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    before = files_of(folder)
+    assert run(*flags, "--resume", "auto", "--log-interval", 7) == 0
+    assert files_of(folder) == before
+
+
 def test_changed_settings_are_refused_by_name(undisturbed, tmp_path, flags, run_main):
     shutil.copytree(undisturbed, tmp_path / "run")
     outcome = run_main(train, *flags, "--resume", "auto", "--lr", 1, "--mixup", 0.1, "-b", 10)
