@@ -25,13 +25,13 @@ from litvit.data.streams import ImageStream
 from litvit.data.workers import NoBatch
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
-from litvit.runs.best_weights import BestWeights
+from litvit.runs.best_weights import BestWeights, are_finite
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
-from litvit.training.step_guard import Diverged, StepGuard
+from litvit.training.step_guard import Diverged, StepGuard, advice
 
 logger = logging.getLogger("litvit")
 
@@ -78,7 +78,7 @@ class Trainer:
         self.total_batch = self.config.data.batch_size * self.accum_steps * self.processes.world_size
         self.progress = Progress(torch.zeros((), device=self.processes.device))
         sizes = self.steps_per_epoch, self.total_batch
-        self.saver = Saver(self.folder, self.processes, self.progress, *sizes, self.state_dict)
+        self.saver = Saver(self.folder, self.processes, self.progress, *sizes, self.sound_state)
         self.best = BestWeights(self.folder, self.progress)
         self.saved = True
 
@@ -96,6 +96,19 @@ class Trainer:
             **self.task.get_checkpoint_state(),
             **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
         }
+
+    def sound_state(self) -> dict[str, Any]:
+        """Return `state_dict`, for a checkpoint to continue from.
+
+        Raises:
+            Diverged: the weights or their average are not finite, in any process. The state is saved apart.
+        """
+        state = self.state_dict()
+        finite = all(are_finite(state.get(name, {})) for name in ("state_dict", "state_dict_ema"))
+        if any(self.processes.sum(not finite)):
+            self.folder.save_diverged(state)
+            raise Diverged(advice("the weights are not finite", self.progress.step, self.folder.path))
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned.
@@ -252,7 +265,9 @@ class Trainer:
                 report.train(bar, progress.epoch, progress.step, loss, self.lr, images_seen, now - reported_time)
                 if self.guard.diverged(progress.step):
                     self.folder.save_diverged(self.state_dict())
-                    raise Diverged(self.guard.advice(progress.step, self.folder.path))
+                    in_a_row = int(self.guard.bad_in_a_row.item())
+                    problem = f"the loss or a gradient was not finite in {in_a_row} steps in a row"
+                    raise Diverged(advice(problem, progress.step, self.folder.path))
                 reported_loss, reported, reported_time = progress.loss_sum.clone(), done, now
         bar.close()
         return (progress.steps_in_epoch - first) * self.total_batch / (time.perf_counter() - start)

@@ -668,12 +668,37 @@ def test_weights_that_became_infinite_are_not_the_best(flags, tmp_path):
         return {**metrics, "top1": 100.0 * trainer.progress.epoch}
 
     trainer.validate = spoil
-    assert trainer.run() == 0
+    assert trainer.run() == EXIT_DIVERGED
     assert best_of(tmp_path / "run")["epoch"] == 1
     assert (
         "not a candidate for the best weights, its weights are not finite"
         in (tmp_path / "run" / "train.log").read_text()
     )
+
+
+@pytest.mark.parametrize(("part", "value"), [("weights", torch.nan), ("average", torch.inf)])
+@pytest.mark.parametrize("moment", ["end of an epoch", "checkpoint in time", "signal"])
+def test_weights_that_are_not_finite_do_not_become_the_checkpoint(flags, tmp_path, part, value, moment):
+    """After the first epoch, in step 6 of 8, they are spoilt: too late for the guard to notice by itself."""
+    every = ["--checkpoint-every", "7"] if moment == "checkpoint in time" else []
+    trainer = build_trainer(parse_config([*flags, *every]))
+
+    def spoil():
+        model = trainer.task.get_eval_model(ema=part == "average")
+        getattr(model, "module", model).head.bias.data[0] = value
+        if moment == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(trainer, 6, spoil)
+    assert trainer.run() == EXIT_DIVERGED
+    folder = tmp_path / "run"
+    log = (folder / "train.log").read_text()
+    assert "the weights are not finite, up to step" in log
+    assert f"the state is in {folder / DIVERGED}" in log
+    assert load_checkpoint(folder / DIVERGED)["update"] == {"signal": 6, "checkpoint in time": 7}.get(moment, 8)
+    assert load_checkpoint(folder / CHECKPOINT)["update"] == 4
+    assert best_of(folder)["epoch"] == 1
+    assert run(*flags, "--resume", "auto") == 0  # from the last good weights
 
 
 def test_an_output_folder_that_is_deleted_is_made_again(flags, tmp_path, undisturbed, assert_same_weights, capsys):
