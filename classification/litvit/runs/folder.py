@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -32,6 +32,7 @@ PREVIOUS = "previous.pth"
 DIVERGED = "diverged.pth"
 BEST_WEIGHTS = "model_best.safetensors"
 SETTINGS = "settings.yaml"
+STARTS = "starts.yaml"
 LOG = "train.log"
 SUMMARY = "summary.csv"
 
@@ -74,6 +75,7 @@ RESUMABLE_CHANGES = (
     "val_batch_size",
     "workers",
     "log_interval",
+    "logger",
     "checkpoint_every",
     "max_unreadable",
     "grad_checkpointing",
@@ -101,7 +103,14 @@ class RunConfig:
     dry_run: int | None = setting(
         None, "N", "check input of N processes, a step on blank images; show the run, stop", nargs="?", const=1
     )
-    log_interval: int = setting(50, "N", "steps between log lines")
+    log_interval: int = setting(50, "N", "steps between log lines; slow steps have some before")
+    logger: Sequence[str] = setting(
+        ("tensorboard",),
+        "NAME",
+        "where metrics go: tensorboard, wandb, mlflow, or nowhere (tensorboard)",
+        nargs="*",
+        choices=("tensorboard", "wandb", "mlflow"),
+    )
 
 
 def interval(text: str) -> tuple[str, float]:
@@ -288,7 +297,7 @@ class RunFolder:
         self._lock: IO | None = None
         self._settings: dict[str, Any] = {}
         self.path = self._choose_path(model)
-        for name in (SETTINGS, CHECKPOINT, PREVIOUS, DIVERGED, BEST_WEIGHTS, LOG, SUMMARY):
+        for name in (SETTINGS, STARTS, CHECKPOINT, PREVIOUS, DIVERGED, BEST_WEIGHTS, LOG, SUMMARY):
             if (self.path / name).is_dir():
                 raise InputError(f"{self.path / name} is a folder, and the run writes a file there: move it away")
 
@@ -357,6 +366,17 @@ class RunFolder:
         self._lock = lock_folder(self.path)
         text = yaml.dump(self._settings, Dumper=_WithoutAliases, sort_keys=False, default_flow_style=None)
         replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
+
+    def record_start(self, start: dict[str, Any]) -> bool:
+        """Add a record to the list of the run's starts. Returns as `save_checkpoint` does."""
+        path = self.path / STARTS
+
+        def add(temporary: Path) -> None:
+            before = path.read_bytes() if path.exists() else b""
+            record = yaml.dump([start], Dumper=_WithoutAliases, sort_keys=False)
+            temporary.write_bytes(before + record.encode())
+
+        return self._write(replace_file, path, add)
 
     def close(self) -> None:
         """Let other processes train in the folder."""

@@ -110,7 +110,7 @@ def _recipe_value(path: Path, action: argparse.Action, value: Any) -> Any:
         values = [convert(str(item)) for item in given]
     except ValueError as error:
         raise InputError(f"{path}: {action.dest}: '{value}' is not {convert.__name__}") from error
-    if action.choices and values[0] not in action.choices:
+    if action.choices and not set(values) <= set(action.choices):
         raise InputError(f"{path}: {action.dest} is one of {', '.join(action.choices)}, not '{value}'")
     return values if many else values[0]
 

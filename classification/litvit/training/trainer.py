@@ -26,6 +26,7 @@ from litvit.data.workers import NoBatch
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
 from litvit.runs.best_weights import BestWeights, are_finite
+from litvit.runs.environment import describe_start
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
@@ -176,6 +177,9 @@ class Trainer:
             self.folder.open(self._settings())
             set_up_logging(self.folder.path, primary)
             log_start(self)
+            if primary:
+                start = {"step": self.progress.step, **describe_start(self.processes.device, self.processes.world_size)}
+                self.folder.record_start(start)
             status = self._train()
         else:  # nothing is left to train, and nothing is written
             set_up_logging(None, primary)
@@ -191,22 +195,22 @@ class Trainer:
 
     def _train(self) -> int:
         """Train the epochs that are left. Returns the exit status."""
-        report = Report(
-            self.folder.path, self.processes.primary, self.progress.epoch, self.epochs * self.steps_per_epoch
-        )
+        report = Report(self.folder, self.progress, self.epochs * self.steps_per_epoch, self._settings())
+        status = 1  # of an exception
         try:
             with self.saver.signals:
                 while self.progress.epoch < self.epochs:
                     self.run_epoch(report)
+            status = 0
         except Interrupted:
-            return EXIT_INTERRUPTED
+            status = EXIT_INTERRUPTED
         except Diverged as error:
+            status = EXIT_DIVERGED
             logger.error("%s", error)
-            return EXIT_DIVERGED
         finally:
-            report.close()
+            report.close(status)
             self.folder.close()
-        return 0
+        return status
 
     def run_epoch(self, report: Report) -> None:
         """Train the rest of an epoch, validate, save, report."""
@@ -220,7 +224,7 @@ class Trainer:
             weights = get_state_dict(self.task.get_eval_model(ema=self.task.has_ema()), unwrap_model)
             self.best.offer(weights, metrics, self.description)
         train_metrics = {"loss": loss, "images_per_second": speed}
-        report.epoch(progress.epoch - 1, progress.step, train_metrics, metrics, lr, progress.best_top1)
+        report.epoch(train_metrics, metrics, lr)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
 
     def train_epoch(self, report: Report) -> float:
@@ -235,7 +239,7 @@ class Trainer:
         if self.mixup is not None and self.config.augment.mixup_off_epoch:
             self.mixup.mixup_enabled = progress.epoch < self.config.augment.mixup_off_epoch
 
-        bar = report.bar(progress.epoch, self.epochs, self.steps_per_epoch, progress.steps_in_epoch)
+        bar = report.bar(self.epochs, self.steps_per_epoch)
         first = reported = progress.steps_in_epoch
         reported_loss = progress.loss_sum.clone()
         start = reported_time = time.perf_counter()
@@ -244,6 +248,11 @@ class Trainer:
         for index, batch in enumerate(batches, first * self.accum_steps):
             if progress.steps_in_epoch == self.steps_per_epoch:
                 break  # the last, incomplete step of a stream
+            done = progress.steps_in_epoch
+            if done > reported and report.late():  # without the others: it waits for nothing, and resets nothing
+                loss = (progress.loss_sum - reported_loss).item() / (done - reported)
+                seconds = time.perf_counter() - reported_time
+                report.train(bar, loss, self.lr, (done - reported) * self.total_batch, seconds, show=False)
             first_of_step, last_of_step = index % self.accum_steps == 0, (index + 1) % self.accum_steps == 0
             if first_of_step:
                 self.guard.begin()
@@ -262,7 +271,7 @@ class Trainer:
                 loss = self.processes.mean(progress.loss_sum - reported_loss).item() / (done - reported)
                 now = time.perf_counter()
                 images_seen = (done - reported) * self.total_batch
-                report.train(bar, progress.epoch, progress.step, loss, self.lr, images_seen, now - reported_time)
+                report.train(bar, loss, self.lr, images_seen, now - reported_time)
                 if self.guard.diverged(progress.step):
                     self.folder.save_diverged(self.state_dict())
                     in_a_row = int(self.guard.bad_in_a_row.item())

@@ -525,9 +525,11 @@ def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("litvit.runs.report.update_summary", full)
-    monkeypatch.setattr("litvit.runs.report.SummaryWriter.add_scalar", full)
+    monkeypatch.setattr("litvit.runs.loggers.SummaryWriter.add_scalar", full)
     assert run(*flags) == 0
-    assert "cannot write logs: [Errno 28] No space left on device" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cannot write logs: [Errno 28] No space left on device" in out
+    assert out.count("--logger tensorboard fails: OSError: [Errno 28] No space left on device; the run goes on") == 1
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] == 8
 
 
