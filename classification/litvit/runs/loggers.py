@@ -8,6 +8,7 @@ continued by the `id`, None for none.
 import importlib.util
 import logging
 import os
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -133,7 +134,8 @@ def check_loggers(names: Sequence[str]) -> None:
     for name in names:
         if name not in KINDS:
             raise InputError(f"--logger is any of {', '.join(KINDS)}, not {name}")
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of this name, such as W&B leaves, is no package
             raise InputError(f"--logger {name}: its package is not installed: pip install {name}, or leave it out")
 
 
@@ -183,7 +185,8 @@ class Loggers:
         try:
             call(*args)
         except Exception as error:  # of a package, its server or a disk
-            logger.warning("--logger %s fails: %s; the run goes on", name, one_line(error))
+            reason = textwrap.shorten(one_line(error), 300, placeholder=" ...")
+            logger.warning("--logger %s fails: %s; the run goes on", name, reason)
             self.waits_until[name] = time.monotonic() + TRY_AGAIN
             return False
         return True

@@ -22,7 +22,7 @@ from litvit.runs.progress import Progress
 logger = logging.getLogger("litvit")
 
 FIRST_LINE = 10  # seconds of training after which a step has a log line of its own
-NO_STEP = 25  # seconds of training after which a line says that no step is done
+NO_LINE = 25  # seconds of training after which there is a line without a step
 
 
 def set_up_logging(folder: Path | None, primary: bool) -> None:
@@ -66,6 +66,11 @@ class Report:
         self.primary, self.progress, self.total_steps = folder.primary, progress, total_steps
         self.summary, self.loggers = folder.path / SUMMARY, None
         self.hidden = not (self.primary and sys.stderr.isatty())
+        self.start = self.last_line = time.monotonic()
+        self.first_line = threading.Timer(NO_LINE, self._first_line)
+        self.first_line.daemon = True
+        if self.primary and self.hidden:
+            self.first_line.start()
         if self.primary:
             with self._logs_never_stop_a_run():
                 _count_from_one(self.summary)
@@ -73,11 +78,6 @@ class Report:
             names, resumed = folder.config.logger, folder.config.resume is not None
             self.loggers = Loggers(names, folder.path, settings, progress.step, resumed)
         self.start_time, self.start_step = time.perf_counter(), None
-        self.start = self.last_line = time.monotonic()
-        self.no_step = threading.Timer(NO_STEP, self._no_step)
-        self.no_step.daemon = True
-        if self.primary and self.hidden:
-            self.no_step.start()
 
     @contextlib.contextmanager
     def _logs_never_stop_a_run(self) -> Iterator[None]:
@@ -86,9 +86,10 @@ class Report:
         except (OSError, ValueError, csv.Error) as error:  # a full disk, or a file that something else has changed
             logger.warning("cannot write logs: %s", error)
 
-    def _no_step(self) -> None:
-        epoch, step = self.progress.epoch + 1, self.progress.step
-        logger.info("epoch %d: step %d/%d, no step is done after %d s", epoch, step, self.total_steps, NO_STEP)
+    def _first_line(self) -> None:
+        """Show that the run lives, in the place of a line that compilation, data or slow steps keep away."""
+        progress = self.progress
+        logger.info("epoch %d: step %d/%d after %d s", progress.epoch + 1, progress.step, self.total_steps, NO_LINE)
 
     def late(self) -> bool:
         """Whether training has been silent for so long that it should have a line before its next --log-interval.
@@ -117,7 +118,7 @@ class Report:
         """
         if not self.primary:
             return
-        self.no_step.cancel()
+        self.first_line.cancel()
         self.last_line = time.monotonic()
         step = self.progress.step
         if self.start_step is None:  # the time of the first report includes start-up and compilation
@@ -169,7 +170,7 @@ class Report:
 
     def close(self, status: int) -> None:
         """Write out what is left, with the exit status of the run."""
-        self.no_step.cancel()
+        self.first_line.cancel()
         if self.primary:
             self.loggers.close(status)
 
