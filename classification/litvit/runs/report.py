@@ -22,7 +22,7 @@ from litvit.runs.progress import Progress
 logger = logging.getLogger("litvit")
 
 FIRST_LINE = 10  # seconds of training after which a step has a log line of its own
-NO_LINE = 25  # seconds of training after which there is a line without a step
+NO_LINE = 15  # seconds of training after which there is a line without a step
 
 
 def set_up_logging(folder: Path | None, primary: bool) -> None:

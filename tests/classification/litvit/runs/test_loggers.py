@@ -182,21 +182,17 @@ def test_damaged_ids_do_not_end_the_run(flags, tmp_path, calls, damage):
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_package_that_is_not_installed_is_one_line(flags, tmp_path, monkeypatch, run_main, name, there):
     """W&B leaves folders of its name."""
-    monkeypatch.setattr("sys.path", [entry for entry in sys.path if not holds(entry, name)])
-    monkeypatch.delitem(sys.modules, name, raising=False)
     if there == "folder":
         (tmp_path / "here" / name).mkdir(parents=True)
-        monkeypatch.syspath_prepend(tmp_path / "here")
+    path = [str(tmp_path / "here"), *(entry for entry in sys.path if not os.path.isdir(os.path.join(entry, name)))]
+    monkeypatch.setattr(sys, "path", path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
     outcome = run_main(train, *flags, "--logger", "tensorboard", name)
     assert outcome.status == 2
     assert outcome.err == (
         f"error: --logger {name}: its package is not installed: pip install {name}, or leave it out\n"
     )
     assert not (tmp_path / "run").exists()
-
-
-def holds(folder, package):
-    return os.path.isdir(os.path.join(folder, package))
 
 
 def test_no_logger(flags, tmp_path):
