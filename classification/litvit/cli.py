@@ -20,7 +20,8 @@ TRACEBACK = "LIT_TRACEBACK"
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one line: the wrong input, and how to list the flags.
 
-    A flag that takes several numbers ends where they end: `--img-size 224 DATA_DIR` is one number and a folder.
+    A flag that takes several numbers, or several of a few words, ends where they end: `--img-size 224 DATA_DIR` is one
+    number and a folder.
     The program's name is "train.py" of a script, "litvit train" of a command.
     """
 
@@ -31,13 +32,20 @@ class ArgumentParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         left = list(sys.argv[1:] if args is None else args)
-        lists = [action for action in self._actions if action.nargs == "+" and action.type in (int, float)]
-        flags = {flag for action in lists for flag in action.option_strings}
-        others, moved = [], []  # flags of several numbers move to the end, where nothing follows them
+        numbers, words = {}, {}
+        for action in self._actions:
+            if action.nargs in ("+", "*") and action.type in (int, float):
+                numbers |= dict.fromkeys(action.option_strings, _is_number)
+            elif action.nargs in ("+", "*") and action.choices:
+                words |= dict.fromkeys(action.option_strings, action.choices.__contains__)
+        lists = numbers | words
+        others, moved = [], []  # flags of several values move to the end, where nothing follows them
         while left and left[0] != "--":
             argument = left.pop(0)
-            (moved if argument in flags else others).append(argument)
-            while argument in flags and left and _is_number(left[0]):
+            (moved if argument in lists else others).append(argument)
+            if argument in words and left and not left[0].startswith("-"):
+                moved.append(left.pop(0))  # the first one is meant to be a word: argparse says which there are
+            while argument in lists and left and lists[argument](left[0]):
                 moved.append(left.pop(0))
         return super().parse_known_args(others + moved + left, namespace)
 

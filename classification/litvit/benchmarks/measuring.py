@@ -1,19 +1,17 @@
 """Interleaved timing, peak memory, and a description of the machine."""
 
-import contextlib
 import math
 import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
 import torchvision
 from tqdm import tqdm
+
+from litvit.runs.environment import cpu_name, source_state
 
 Call = Callable[[], object]
 SHORT_SECONDS = 0.02  # shorter calls are repeated back to back until this time has passed
@@ -94,31 +92,10 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
-        processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    commit = _commit()
+        processor = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    state = source_state()
+    commit = state and f"{state[0][:7]}{'-dirty' if state[1] else ''}"
     return (
         f"{processor}; torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
         f"Python {platform.python_version()}{f', commit {commit}' if commit else ''}"
     )
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        known = dict(re.findall(r"^(\S.*?)\s*: *(.*)$", processor, re.MULTILINE))
-        if "model name" in known:
-            # Virtual machines give processors of all generations the same name.
-            generation = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
-            return known["model name"] + generation
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Return the commit of this code, followed by -dirty if files differ from it; None outside a checkout."""
-    classification, checkout = Path(__file__).parents[2:4]
-    if classification.name != "classification" or not (checkout / ".git").exists():
-        return None  # installed, perhaps in the checkout of something else
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    return None

@@ -1,11 +1,19 @@
 """Train an image classifier: litvit train DATA_DIR --model lit_ti (--help lists the flags)."""
 
+import logging
 from collections.abc import Sequence
 
+from litvit.processes import is_primary
+from litvit.runs.report import set_up_logging
 from litvit.training.build import build_trainer
 from litvit.training.recipe import parse_config
+
+logger = logging.getLogger("litvit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit status, see docs/reliability.md."""
-    return build_trainer(parse_config(argv)).run()
+    config = parse_config(argv)
+    set_up_logging(None, is_primary())
+    logger.info("reading %s", config.data.data_dir)  # which may take minutes
+    return build_trainer(config).run()

@@ -12,6 +12,11 @@ from litvit.runs.progress import Progress
 logger = logging.getLogger("litvit")
 
 
+def are_finite(weights: dict[str, Any]) -> bool:
+    """Whether all numbers of a state dict are finite."""
+    return all(bool(value.isfinite().all()) for value in weights.values() if isinstance(value, Tensor))
+
+
 class BestWeights:
     """Saves the weights of the best validation, in the first process.
 
@@ -39,7 +44,7 @@ class BestWeights:
             logger.warning("%s has lost its best weights: the best from now on take their place", folder)
             progress.best_top1 = -1.0
         finite = all(math.isfinite(metrics[name]) for name in ("loss", "top1"))
-        if not finite or not all(value.isfinite().all() for value in weights.values()):
+        if not finite or not are_finite(weights):
             logger.warning(
                 "epoch %d: not a candidate for the best weights, %s not finite (loss %.4f, top1 %.2f)",
                 progress.epoch,

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -34,6 +34,7 @@ PREVIOUS = "previous.pth"
 DIVERGED = "diverged.pth"
 BEST_WEIGHTS = "model_best.safetensors"
 SETTINGS = "settings.yaml"
+STARTS = "starts.yaml"
 LOG = "train.log"
 SUMMARY = "summary.csv"
 
@@ -76,6 +77,7 @@ RESUMABLE_CHANGES = (
     "val_batch_size",
     "workers",
     "log_interval",
+    "logger",
     "checkpoint_every",
     "max_unreadable",
     "grad_checkpointing",
@@ -89,7 +91,7 @@ RESUMABLE_CHANGES = (
 class RunConfig:
     """How a run is carried out, and where its files are."""
 
-    config: str | None = setting(None, "FILE", "recipe: a file, or a name such as demo (the model's)")
+    config: str | None = setting(None, "FILE", "recipe: a file, a run's folder, or a name such as demo (the model's)")
     cfg: str | None = setting(None, None, argparse.SUPPRESS)  # of old commands, not read
     output: str = setting("output", "DIR", "folder of all runs")
     experiment: str | None = setting(None, "NAME", "name of the run's folder in --output (date, time and model)")
@@ -103,7 +105,14 @@ class RunConfig:
     dry_run: int | None = setting(
         None, "N", "check input of N processes, a step on blank images; show the run, stop", nargs="?", const=1
     )
-    log_interval: int = setting(50, "N", "steps between log lines")
+    log_interval: int = setting(50, "N", "steps between log lines; slow steps have some before")
+    logger: Sequence[str] = setting(
+        ("tensorboard",),
+        "NAME",
+        "where metrics go: tensorboard, wandb, mlflow, or nowhere (tensorboard)",
+        nargs="*",
+        choices=("tensorboard", "wandb", "mlflow"),
+    )
 
 
 def interval(text: str) -> tuple[str, float]:
@@ -272,17 +281,32 @@ def weights_file(source: str) -> str:
     raise InputError(f"{source} is a folder without the weights of a run ({BEST_WEIGHTS} or {CHECKPOINT})")
 
 
-def resumed_folder(resume: str) -> Path:
+def resumed_folder(resume: str, output: str = "output") -> Path:
     """Return the folder of the run that `--resume` names by its folder or its checkpoint.
 
+    Args:
+        resume: A run's folder, or its checkpoint.
+        output: Folder of all runs, where a run of this name may be.
+
     Raises:
-        InputError: it holds no run.
+        InputError: it names no run. The message says what does.
     """
     path = Path(resume)
-    folder = path if path.is_dir() else path.parent
-    if not holds_run(folder) or (path != folder and path.name != CHECKPOINT):
-        raise InputError(f"--resume {resume}: no run there; name a run's folder, which holds {CHECKPOINT}")
-    return folder
+    if holds_run(path):
+        return path
+    if path.name == CHECKPOINT and holds_run(path.parent):
+        return path.parent
+    if path.is_file() and holds_run(path.parent):
+        advice = f"--resume {path.parent} continues this file's run; --initial-checkpoint starts a run from its weights"
+    elif path.is_file() or "://" in resume:
+        advice = "name the folder of a run; --initial-checkpoint starts a run from weights"
+    elif not path.exists() and holds_run(Path(output) / resume):
+        advice = f"did you mean {Path(output) / resume}?"
+    elif not path.exists():
+        advice = f"there is no such folder; runs are in {output}, and --resume auto starts or continues --experiment's"
+    else:
+        advice = f"name a run's folder, which holds {SETTINGS} and {CHECKPOINT}"
+    raise InputError(f"--resume {resume}: no run there; {advice}")
 
 
 class _WithoutAliases(yaml.SafeDumper):
@@ -317,14 +341,14 @@ class RunFolder:
         self._lock: IO | None = None
         self._settings: dict[str, Any] = {}
         self.path = self._choose_path(model)
-        for name in (SETTINGS, CHECKPOINT, PREVIOUS, DIVERGED, BEST_WEIGHTS, LOG, SUMMARY):
+        for name in (SETTINGS, STARTS, CHECKPOINT, PREVIOUS, DIVERGED, BEST_WEIGHTS, LOG, SUMMARY):
             if (self.path / name).is_dir():
                 raise InputError(f"{self.path / name} is a folder, and the run writes a file there: move it away")
 
     def _choose_path(self, model: str) -> Path:
         config = self.config
         if config.resume and config.resume != "auto":
-            return resumed_folder(config.resume)
+            return resumed_folder(config.resume, config.output)
         experiment = config.experiment
         if experiment is None:
             experiment = model if config.resume else f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
@@ -386,6 +410,17 @@ class RunFolder:
         self._lock = lock_folder(self.path)
         text = yaml.dump(self._settings, Dumper=_WithoutAliases, sort_keys=False, default_flow_style=None)
         replace_file(self.path / SETTINGS, lambda temporary: temporary.write_text(text))
+
+    def record_start(self, start: dict[str, Any]) -> bool:
+        """Add a record to the list of the run's starts. Returns as `save_checkpoint` does."""
+        path = self.path / STARTS
+
+        def add(temporary: Path) -> None:
+            before = path.read_bytes() if path.exists() else b""
+            record = yaml.dump([start], Dumper=_WithoutAliases, sort_keys=False)
+            temporary.write_bytes(before + record.encode())
+
+        return self._write(replace_file, path, add)
 
     def close(self) -> None:
         """Let other processes train in the folder."""

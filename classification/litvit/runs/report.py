@@ -1,21 +1,28 @@
-"""Progress of a run: log lines or a progress bar, TensorBoard, summary.csv."""
+"""Progress of a run: log lines or a progress bar, summary.csv, loggers."""
 
 import contextlib
+import csv
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from typing import Any
 
 from timm.utils import trim_summary, update_summary
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from litvit.errors import printable
-from litvit.runs.folder import LOG, SUMMARY
+from litvit.runs.folder import LOG, SUMMARY, RunFolder, replace_file
+from litvit.runs.loggers import Loggers
+from litvit.runs.progress import Progress
 
 logger = logging.getLogger("litvit")
+
+FIRST_LINE = 10  # seconds of training after which a step has a log line of its own
+NO_LINE = 15  # seconds of training after which there is a line without a step
 
 
 def set_up_logging(folder: Path | None, primary: bool) -> None:
@@ -50,58 +57,70 @@ class Report:
 
     Args:
         folder: Folder of the run.
-        primary: Whether this process reports.
-        start_epoch: First epoch to come. Later rows of an older summary.csv are dropped.
+        progress: Progress of the run. Rows of an older summary.csv of epochs to come are dropped.
         total_steps: Number of optimizer steps of the whole run, for the time left.
+        settings: Settings of the run by name, for loggers.
     """
 
-    def __init__(self, folder: Path, primary: bool, start_epoch: int, total_steps: int):
-        self.primary = primary
-        self.total_steps = total_steps
-        self.summary, self.events = folder / SUMMARY, folder / "tensorboard"
-        self.tensorboard = None
-        if primary:
+    def __init__(self, folder: RunFolder, progress: Progress, total_steps: int, settings: dict[str, Any]):
+        self.primary, self.progress, self.total_steps = folder.primary, progress, total_steps
+        self.summary, self.loggers = folder.path / SUMMARY, None
+        self.hidden = not (self.primary and sys.stderr.isatty())
+        self.start = self.last_line = time.monotonic()
+        self.first_line = threading.Timer(NO_LINE, self._first_line)
+        self.first_line.daemon = True
+        if self.primary and self.hidden:
+            self.first_line.start()
+        if self.primary:
             with self._logs_never_stop_a_run():
-                trim_summary(str(self.summary), start_epoch)
-                self.tensorboard = SummaryWriter(str(self.events))
+                _count_from_one(self.summary)
+                trim_summary(str(self.summary), progress.epoch + 1)
+            names, resumed = folder.config.logger, folder.config.resume is not None
+            self.loggers = Loggers(names, folder.path, settings, progress.step, resumed)
         self.start_time, self.start_step = time.perf_counter(), None
 
     @contextlib.contextmanager
     def _logs_never_stop_a_run(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError, csv.Error) as error:  # a full disk, or a file that something else has changed
             logger.warning("cannot write logs: %s", error)
 
-    def _scalars(self, step: int, **values: float) -> None:
-        if self.tensorboard is not None:
-            with self._logs_never_stop_a_run():
-                if not self.events.exists():  # the run's folder was deleted
-                    self.tensorboard = SummaryWriter(str(self.events))
-                for name, value in values.items():
-                    self.tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
+    def _first_line(self) -> None:
+        """Show that the run lives, in the place of a line that compilation, data or slow steps keep away."""
+        progress = self.progress
+        logger.info("epoch %d: step %d/%d after %d s", progress.epoch + 1, progress.step, self.total_steps, NO_LINE)
 
-    def bar(self, epoch: int, epochs: int, total: int, done: int) -> tqdm:
-        """Return a progress bar of one epoch. It shows nothing without a terminal."""
-        hidden = not (self.primary and sys.stderr.isatty())
-        return tqdm(
-            total=total, initial=done, desc=f"epoch {epoch + 1}/{epochs}", unit="step", disable=hidden, leave=False
-        )
+    def late(self) -> bool:
+        """Whether training has been silent for so long that it should have a line before its next --log-interval.
 
-    def train(self, bar: tqdm, epoch: int, step: int, loss: float, lr: float, images: int, seconds: float) -> None:
-        """Report training at a step.
+        The lines are after 10, 20, 40, ... seconds, so that slow steps have some soon and fast ones no more than usual.
+        """
+        silence, before = time.monotonic() - self.last_line, self.last_line - self.start
+        return self.primary and self.hidden and silence >= max(FIRST_LINE, before)
+
+    def bar(self, epochs: int, steps: int) -> tqdm:
+        """Return a progress bar of one epoch of so many steps. It shows nothing without a terminal."""
+        name = f"epoch {self.progress.epoch + 1}/{epochs}"
+        done = self.progress.steps_in_epoch
+        return tqdm(total=steps, initial=done, desc=name, unit="step", disable=self.hidden, leave=False)
+
+    def train(self, bar: tqdm, loss: float, lr: float, images: int, seconds: float, show: bool = True) -> None:
+        """Report training after a step.
 
         Args:
             bar: Progress bar of this epoch.
-            epoch: Index of the epoch, from 0.
-            step: Optimizer steps since the start of the run.
             loss: Mean loss since the last report.
             lr: Learning rate.
             images: Number of images that all processes have seen since the last report.
             seconds: Time since the last report.
+            show: Whether loggers get the metrics too.
         """
         if not self.primary:
             return
+        self.first_line.cancel()
+        self.last_line = time.monotonic()
+        step = self.progress.step
         if self.start_step is None:  # the time of the first report includes start-up and compilation
             self.start_time, self.start_step = time.perf_counter(), step
             left = ""
@@ -113,7 +132,7 @@ class Report:
         if bar.disable:
             logger.info(
                 "epoch %d: step %d/%d, loss %.4f, lr %.3e, %.1f images/s%s",
-                epoch + 1,
+                self.progress.epoch + 1,
                 step,
                 self.total_steps,
                 loss,
@@ -121,43 +140,55 @@ class Report:
                 rate,
                 left,
             )
-        self._scalars(step, train_loss=loss, train_lr=lr, train_images_per_second=rate)
+        if show:
+            self.loggers.log(step, {"train/loss": loss, "train/lr": lr, "train/images_per_second": rate})
 
-    def epoch(
-        self, epoch: int, step: int, train: dict[str, float], val: dict[str, float], lr: float, best: float
-    ) -> None:
-        """Report the end of an epoch: a log line, a row of summary.csv, TensorBoard.
+    def epoch(self, train: dict[str, float], val: dict[str, float], lr: float) -> None:
+        """Report an epoch that has been counted: a log line, a row of summary.csv, loggers.
 
         Args:
-            epoch: Index of the epoch, from 0.
-            step: Optimizer steps since the start of the run.
             train: Training metrics.
             val: Validation metrics.
             lr: Learning rate of the epoch's last step.
-            best: Best top-1 accuracy so far, in percent; below 0 for none.
         """
         if not self.primary:
             return
+        epoch, best = self.progress.epoch, self.progress.best_top1
         logger.info(
             "epoch %d: train loss %.4f, val loss %.4f, top1 %.2f, top5 %.2f, best top1 %s",
-            epoch + 1,
+            epoch,
             train["loss"],
             val["loss"],
             val["top1"],
             val["top5"],
             f"{best:.2f}" if best >= 0 else "none",
         )
-        self._scalars(step, **{f"val_{name}": value for name, value in val.items()})
+        self.last_line = time.monotonic()
+        self.loggers.log(self.progress.step, {f"val/{name}": value for name, value in val.items()})
         with self._logs_never_stop_a_run():
             update_summary(epoch, train, val, str(self.summary), lr=lr)
-            if self.tensorboard is not None:
-                self.tensorboard.flush()
 
-    def close(self) -> None:
-        """Write out what is left."""
-        if self.tensorboard is not None:
-            with self._logs_never_stop_a_run():
-                self.tensorboard.close()
+    def close(self, status: int) -> None:
+        """Write out what is left, with the exit status of the run."""
+        self.first_line.cancel()
+        if self.primary:
+            self.loggers.close(status)
+
+
+def _count_from_one(summary: Path) -> None:
+    """Number the epochs of a summary.csv from 1, as the log does. Those of older runs began with 0."""
+    if not summary.exists():
+        return
+    with summary.open(newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    if not rows or header[:1] != ["epoch"] or rows[0][:1] != ["0"]:
+        return
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *([str(int(epoch) + 1), *row] for epoch, *row in filter(None, rows))])
+
+    replace_file(summary, write)
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from litvit.data.token_labels import TokenLabels
 from litvit.errors import InputError
 from litvit.processes import Processes, is_primary, start_processes
 from litvit.runs.folder import RunFolder, read_description, weights_file
+from litvit.runs.loggers import check_loggers
 from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
 from litvit.training.model import ModelConfig, build_model, data_settings, image_size
@@ -32,6 +33,7 @@ def build_trainer(config: Config) -> Trainer:
     Raises:
         InputError: wrong settings, data or checkpoint.
     """
+    check_loggers(config.run.logger)
     folder = RunFolder(config.run, config.model.model, is_primary())
     resumed = folder.load_last() if config.run.resume else None
     processes = start_processes(config.run.device, config.run.dry_run)

@@ -6,7 +6,7 @@ the flags' names with underscores (`weight_decay: 0.05` is `--weight-decay 0.05`
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from timm.models import is_model, model_entrypoint
 
 from litvit.cli import import_modules, model_name
 from litvit.errors import InputError
-from litvit.runs.folder import SETTINGS, resumed_folder
+from litvit.runs.folder import SETTINGS, holds_run, resumed_folder
 from litvit.training.config import Config
 from litvit.training.flags import build_parser
 
@@ -25,13 +25,28 @@ ONLY_ON_THE_COMMAND_LINE = ("data_dir", "config", "cfg", "resume", "dry_run", "h
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of aliases to lists of aliases are gigabytes when a message shows them."""
+    """YAML without aliases and with one value per key.
+
+    A few lines of aliases to lists of aliases are gigabytes when a message shows them. Of two values of a key YAML
+    would take the last one.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(problem="aliases (*name) are not read", problem_mark=mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if isinstance(key, Hashable) and key in lines:
+                problem = f"{key} has two values, in lines {lines[key]} and {line}: leave one of them"
+                raise yaml.constructor.ConstructorError(problem=problem)
+            if isinstance(key, Hashable):
+                lines[key] = line
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -53,9 +68,11 @@ def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if path.parent == RECIPES:
             advice = "install litvit again, or name a recipe with --config"
             raise InputError(f"the recipe of {path.stem} is missing, {path}: {advice}") from None
-        raise InputError(f"no recipe at {path}; the package's own: {', '.join(recipe_names())}") from error
-    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"no recipe at {path}") from error
+    except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no recipe: it holds no text, and a recipe is a YAML file") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
@@ -97,7 +114,7 @@ def _recipe_value(path: Path, action: argparse.Action, value: Any) -> Any:
         values = [convert(str(item)) for item in given]
     except ValueError as error:
         raise InputError(f"{path}: {action.dest}: '{value}' is not {convert.__name__}") from error
-    if action.choices and values[0] not in action.choices:
+    if action.choices and not set(values) <= set(action.choices):
         raise InputError(f"{path}: {action.dest} is one of {', '.join(action.choices)}, not '{value}'")
     return values if many else values[0]
 
@@ -115,6 +132,30 @@ def _recipe_of(model: str) -> Path | None:
     return RECIPES / f"{name}.yaml" if is_ours or name in recipe_names() else None
 
 
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name: A file, a run's folder, or the name of one of the package's recipes, such as demo.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    path, own = Path(name), name.removesuffix(".yaml")
+    if path.is_file():
+        return path
+    if holds_run(path):
+        return path / SETTINGS
+    if own in recipe_names():
+        return RECIPES / f"{own}.yaml"
+    near = difflib.get_close_matches(path.stem, recipe_names(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(
+        f"--config {name}: no such recipe{hint} (a .yaml file on this machine, a run's folder, or one of the "
+        f"package's: {', '.join(recipe_names())})"
+    )
+
+
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Read the command line and the recipe: the one that it names, the resumed run's settings, or the model's own.
 
@@ -129,11 +170,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """
     parser = build_parser()
     flags = parser.parse_args(argv)
-    path = Path(flags.config) if flags.config else None
-    if flags.config in recipe_names() and not path.is_file():
-        path = RECIPES / f"{flags.config}.yaml"
+    path = find_recipe(flags.config) if flags.config is not None else None
     if path is None and flags.resume and flags.resume != "auto":
-        path = resumed_folder(flags.resume) / SETTINGS
+        path = resumed_folder(flags.resume, flags.output) / SETTINGS
     if path is None and flags.model:
         path = _recipe_of(flags.model)
     if path is not None:

@@ -16,7 +16,15 @@ MAX_BAD_IN_A_ROW = 10
 
 
 class Diverged(Exception):  # noqa: N818 - not an error, as KeyboardInterrupt
-    """The loss or a gradient was not finite in too many steps in a row."""
+    """The weights are not finite, or the loss or a gradient was not in too many steps in a row."""
+
+
+def advice(problem: str, step: int, folder: Path) -> str:
+    """Say what to do about a run that has diverged, in one line."""
+    return (
+        f"{problem}, up to step {step}: start again with a lower --lr or --clip-grad in a new --experiment "
+        f"(--initial-checkpoint {folder / CHECKPOINT} for its weights); the state is in {folder / DIVERGED}"
+    )
 
 
 class StepGuard:
@@ -99,15 +107,6 @@ class StepGuard:
         if in_a_row:
             logger.warning("step %d: %d steps left out, the loss or a gradient is not finite", step, total)
         return in_a_row >= MAX_BAD_IN_A_ROW
-
-    def advice(self, step: int, folder: Path) -> str:
-        """Say what to do about a run that has diverged, in one line."""
-        in_a_row = int(self.bad_in_a_row.item())
-        return (
-            f"the loss or a gradient was not finite in {in_a_row} steps in a row, up to step {step}: "
-            "start again with a lower --lr or --clip-grad in a new --experiment (--initial-checkpoint "
-            f"{folder / CHECKPOINT} for its weights); the state is in {folder / DIVERGED}"
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts of steps that were left out, and the loss scaling."""

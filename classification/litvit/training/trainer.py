@@ -25,14 +25,15 @@ from litvit.data.streams import ImageStream
 from litvit.data.workers import NoBatch
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
-from litvit.runs.best_weights import BestWeights
+from litvit.runs.best_weights import BestWeights, are_finite
+from litvit.runs.environment import describe_start
 from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
 from litvit.training.model import pretrained_source
-from litvit.training.step_guard import Diverged, StepGuard
+from litvit.training.step_guard import Diverged, StepGuard, advice
 
 logger = logging.getLogger("litvit")
 
@@ -79,7 +80,7 @@ class Trainer:
         self.total_batch = self.config.data.batch_size * self.accum_steps * self.processes.world_size
         self.progress = Progress(torch.zeros((), device=self.processes.device))
         sizes = self.steps_per_epoch, self.total_batch
-        self.saver = Saver(self.folder, self.processes, self.progress, *sizes, self.state_dict)
+        self.saver = Saver(self.folder, self.processes, self.progress, *sizes, self.sound_state)
         self.best = BestWeights(self.folder, self.progress)
         self.saved = True
 
@@ -98,11 +99,24 @@ class Trainer:
             **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
         }
 
+    def sound_state(self) -> dict[str, Any]:
+        """Return `state_dict`, for a checkpoint to continue from.
+
+        Raises:
+            Diverged: the weights or their average are not finite, in any process. The state is saved apart.
+        """
+        state = self.state_dict()
+        finite = all(are_finite(state.get(name, {})) for name in ("state_dict", "state_dict_ema"))
+        if any(self.processes.sum(not finite)):
+            self.folder.save_diverged(state)
+            raise Diverged(advice("the weights are not finite", self.progress.step, self.folder.path))
+        return state
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned.
 
         Raises:
-            InputError: the state is of another model, other classes or another optimizer.
+            InputError: the state is of another model, other classes or another optimizer, or of a longer run.
         """
         counts = {"total_batch": self.total_batch, "number of training images": len(self.train_batches.dataset)}
         held = {"total_batch": state["total_batch"], "number of training images": state["num_images"]}
@@ -119,6 +133,15 @@ class Trainer:
             raise InputError(f"--resume: the checkpoint does not fit these settings: {reason}") from error
         self.guard.load_state_dict(state)
         self.progress.load_state_dict(state, self.processes)
+        epochs, steps = self.progress.epoch, self.progress.steps_in_epoch
+        if (epochs, steps) > (self.epochs, 0):
+            trained = f"{epochs} epochs{f' and {steps} steps' if steps else ''}"
+            cooldown = self.epochs - self.config.optim.epochs
+            wanted = f"--epochs {self.config.optim.epochs}{f' and {cooldown} of cool-down' if cooldown else ''}"
+            raise InputError(
+                f"{self.folder} has trained {trained}, more than {wanted}: continue it to a later epoch, or train a "
+                "shorter run in a new --experiment"
+            )
         self.saver.last_step = self.progress.step
         self._set_learning_rate()
 
@@ -150,23 +173,18 @@ class Trainer:
             set_up_logging(None, primary)
             log_start(self)
             return 0
-        self.folder.open(self._settings())
-        set_up_logging(self.folder.path, primary)
-        log_start(self)
-        report = Report(self.folder.path, primary, self.progress.epoch, self.epochs * self.steps_per_epoch)
         status = 0
-        try:
-            with self.saver.signals:
-                while self.progress.epoch < self.epochs:
-                    self.run_epoch(report)
-        except Interrupted:
-            status = EXIT_INTERRUPTED
-        except Diverged as error:
-            status = EXIT_DIVERGED
-            logger.error("%s", error)
-        finally:
-            report.close()
-            self.folder.close()
+        if self.progress.epoch < self.epochs:
+            self.folder.open(self._settings())
+            set_up_logging(self.folder.path, primary)
+            log_start(self)
+            if primary:
+                start = {"step": self.progress.step, **describe_start(self.processes.device, self.processes.world_size)}
+                self.folder.record_start(start)
+            status = self._train()
+        else:  # nothing is left to train, and nothing is written
+            set_up_logging(None, primary)
+            log_start(self)
         if status == 0 and primary and not self.saved:
             status = EXIT_INTERRUPTED
             logger.error("the run has ended, but its end is NOT saved: make room in %s and run it again", self.folder)
@@ -174,6 +192,25 @@ class Trainer:
             status = EXIT_INTERRUPTED
         if self.processes.distributed:
             torch.distributed.destroy_process_group()
+        return status
+
+    def _train(self) -> int:
+        """Train the epochs that are left. Returns the exit status."""
+        report = Report(self.folder, self.progress, self.epochs * self.steps_per_epoch, self._settings())
+        status = 1  # of an exception
+        try:
+            with self.saver.signals:
+                while self.progress.epoch < self.epochs:
+                    self.run_epoch(report)
+            status = 0
+        except Interrupted:
+            status = EXIT_INTERRUPTED
+        except Diverged as error:
+            status = EXIT_DIVERGED
+            logger.error("%s", error)
+        finally:
+            report.close(status)
+            self.folder.close()
         return status
 
     def run_epoch(self, report: Report) -> None:
@@ -188,7 +225,7 @@ class Trainer:
             weights = get_state_dict(self.task.get_eval_model(ema=self.task.has_ema()), unwrap_model)
             self.best.offer(weights, metrics, self.description)
         train_metrics = {"loss": loss, "images_per_second": speed}
-        report.epoch(progress.epoch - 1, progress.step, train_metrics, metrics, lr, progress.best_top1)
+        report.epoch(train_metrics, metrics, lr)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
 
     def train_epoch(self, report: Report) -> float:
@@ -203,7 +240,7 @@ class Trainer:
         if self.mixup is not None and self.config.augment.mixup_off_epoch:
             self.mixup.mixup_enabled = progress.epoch < self.config.augment.mixup_off_epoch
 
-        bar = report.bar(progress.epoch, self.epochs, self.steps_per_epoch, progress.steps_in_epoch)
+        bar = report.bar(self.epochs, self.steps_per_epoch)
         first = reported = progress.steps_in_epoch
         reported_loss = progress.loss_sum.clone()
         start = reported_time = time.perf_counter()
@@ -212,6 +249,11 @@ class Trainer:
         for index, batch in enumerate(batches, first * self.accum_steps):
             if progress.steps_in_epoch == self.steps_per_epoch:
                 break  # the last, incomplete step of a stream
+            done = progress.steps_in_epoch
+            if done > reported and report.late():  # without the others: it waits for nothing, and resets nothing
+                loss = (progress.loss_sum - reported_loss).item() / (done - reported)
+                seconds = time.perf_counter() - reported_time
+                report.train(bar, loss, self.lr, (done - reported) * self.total_batch, seconds, show=False)
             first_of_step, last_of_step = index % self.accum_steps == 0, (index + 1) % self.accum_steps == 0
             if first_of_step:
                 self.guard.begin()
@@ -230,10 +272,12 @@ class Trainer:
                 loss = self.processes.mean(progress.loss_sum - reported_loss).item() / (done - reported)
                 now = time.perf_counter()
                 images_seen = (done - reported) * self.total_batch
-                report.train(bar, progress.epoch, progress.step, loss, self.lr, images_seen, now - reported_time)
+                report.train(bar, loss, self.lr, images_seen, now - reported_time)
                 if self.guard.diverged(progress.step):
                     self.folder.save_diverged(self.state_dict())
-                    raise Diverged(self.guard.advice(progress.step, self.folder.path))
+                    in_a_row = int(self.guard.bad_in_a_row.item())
+                    problem = f"the loss or a gradient was not finite in {in_a_row} steps in a row"
+                    raise Diverged(advice(problem, progress.step, self.folder.path))
                 reported_loss, reported, reported_time = progress.loss_sum.clone(), done, now
         bar.close()
         return (progress.steps_in_epoch - first) * self.total_batch / (time.perf_counter() - start)

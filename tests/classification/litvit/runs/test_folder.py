@@ -98,6 +98,27 @@ def test_a_run_is_named_by_folder_or_checkpoint(tmp_path):
         resumed_folder(str(tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize(
+    ("resume", "says"),
+    [
+        ("{tmp}/run/model_best.safetensors", "--resume {tmp}/run continues this file's run"),
+        ("{tmp}/run/previous.pth", "--resume {tmp}/run continues this file's run"),
+        ("{tmp}/weights.safetensors", "--initial-checkpoint starts a run from weights"),
+        ("https://host/lit_s.pth", "--initial-checkpoint starts a run from weights"),
+        ("run", "did you mean {tmp}/run?"),
+        ("nosuch", "there is no such folder; runs are in {tmp}"),
+        ("{tmp}", "name a run's folder, which holds settings.yaml and last.pth"),
+    ],
+)
+def test_what_is_no_run_gets_advice(tmp_path, resume, says):
+    (tmp_path / "run").mkdir()
+    for name in ("run/last.pth", "run/previous.pth", "run/model_best.safetensors", "weights.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError) as error:
+        resumed_folder(resume.format(tmp=tmp_path), str(tmp_path))
+    assert says.format(tmp=tmp_path) in str(error.value)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(
     ("name", "value", "kind"),

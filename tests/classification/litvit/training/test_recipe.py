@@ -143,6 +143,9 @@ def test_every_recipe_reads(path):
         ("model_kwargs: 3", "model_kwargs is a mapping"),
         ("img_size: large", "img_size: 'large' is not int"),
         ("resume: x", "unknown key 'resume'"),
+        ("lr: 1\nepochs: 2\nlr: 3", "lr has two values, in lines 1 and 3: leave one of them"),
+        ("{lr: 1, lr: 1}", "lr has two values, in lines 1 and 1"),
+        ("model_kwargs:\n  dims: [1]\n  dims: [2]", "dims has two values, in lines 2 and 3"),
         ("- a", "holds no `flag: value` lines"),
         ("", "holds no `flag: value` lines"),
     ],
@@ -151,6 +154,32 @@ def test_wrong_values_name_their_key(tmp_path, text, says):
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(InputError) as error:
         load_recipe(tmp_path / "wrong.yaml", build_parser())
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "{tmp}/mine.yaml", "{tmp}/run", "{tmp}/run/settings.yaml"])
+def test_a_recipe_is_a_file_or_a_run_or_a_name(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    for path in (tmp_path / "mine.yaml", tmp_path / "run" / "settings.yaml"):
+        path.write_text((RECIPES / "demo.yaml").read_text())
+    recipe = parse_config(["data", "--config", "demo"])
+    config = parse_config(["data", "--config", name.format(tmp=tmp_path)])
+    assert {**config.flat(), "config": None} == {**recipe.flat(), "config": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("demmo", "no such recipe; did you mean demo?"),
+        ("https://host/lit_s.yaml", "no such recipe; did you mean lit_s?"),
+        ("{tmp}", "no such recipe (a .yaml file on this machine, a run's folder, or one of the package's: demo"),
+        ("{tmp}/weights.pth", "weights.pth is no recipe: it holds no text"),
+    ],
+)
+def test_what_is_no_recipe_gets_advice(tmp_path, name, says):
+    (tmp_path / "weights.pth").write_bytes(b"PK\x80\xff")
+    with pytest.raises(InputError) as error:
+        parse_config(["data", "--config", name.format(tmp=tmp_path)])
     assert says in str(error.value)
 
 

@@ -1,5 +1,6 @@
 """A run that is never lost: kills, signals, broken checkpoints, bad numbers, bad images, full disks."""
 
+import csv
 import fcntl
 import io
 import os
@@ -22,6 +23,7 @@ import pytest
 import safetensors.torch
 import torch
 import train
+import yaml
 from safetensors.torch import load_file, save_file
 
 from litvit import cli
@@ -164,6 +166,34 @@ def test_an_ended_run_says_so(undisturbed, digits, tmp_path, flags, capsys):
     assert run(*flags, "--resume", "auto") == 0
     assert "this run has ended already" in capsys.readouterr().out
     assert (folder / CHECKPOINT).read_bytes() == before
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_fewer_epochs_than_trained_are_refused_and_change_nothing(flags, tmp_path, run_main, epochs):
+    """Of four epochs two and a half are trained."""
+    trainer = build_trainer(parse_config([*flags, "--epochs", "4"]))
+    at_step(trainer, 10, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert trainer.run() == EXIT_INTERRUPTED
+    before = files_of(tmp_path / "run")
+    outcome = run_main(train, flags[0], "--resume", tmp_path / "run", "--epochs", epochs)
+    if epochs < 3:
+        assert outcome.status == 2
+        assert f"{tmp_path / 'run'} has trained 2 epochs and 2 steps, more than --epochs {epochs}:" in outcome.err
+        assert files_of(tmp_path / "run") == before
+    else:
+        assert outcome.status == 0
+        assert "continuing at epoch 3, step 3" in outcome.out
+
+
+def test_a_run_that_has_ended_keeps_its_settings(undisturbed, flags, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    before = files_of(folder)
+    assert run(*flags, "--resume", "auto", "--log-interval", 7) == 0
+    assert files_of(folder) == before
 
 
 def test_changed_settings_are_refused_by_name(undisturbed, tmp_path, flags, run_main):
@@ -497,10 +527,94 @@ def test_logs_never_stop_a_run(flags, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("litvit.runs.report.update_summary", full)
-    monkeypatch.setattr("litvit.runs.report.SummaryWriter.add_scalar", full)
+    monkeypatch.setattr("litvit.runs.loggers.SummaryWriter.add_scalar", full)
     assert run(*flags) == 0
-    assert "cannot write logs: [Errno 28] No space left on device" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cannot write logs: [Errno 28] No space left on device" in out
+    assert out.count("--logger tensorboard fails: OSError: [Errno 28] No space left on device; the run goes on") == 1
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["update"] == 8
+
+
+def rows(folder):
+    return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_epochs_are_counted_from_1_also_where_an_older_run_began_with_0(flags, tmp_path, first):
+    cut = build_trainer(parse_config([*flags, "--epochs", "3"]))
+    cut.epochs = 2
+    assert cut.run() == 0
+    file = tmp_path / "run" / "summary.csv"
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2"]
+    losses = [row["train_loss"] for row in rows(tmp_path / "run")]
+    header, *lines = file.read_text().splitlines()
+    lines.append(lines[1].replace("2,", "3,", 1))  # of an epoch that was killed before it was saved
+    lines = [f"{number},{line.partition(',')[2]}" for number, line in enumerate(lines, first)]
+    file.write_text("\n".join([header, *lines, ""]))
+    assert run(flags[0], "--resume", tmp_path / "run") == 0
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2", "3"]
+    assert [row["train_loss"] for row in rows(tmp_path / "run")][:2] == losses
+    logged = re.findall(r"epoch (\d+): train loss ([\d.]+)", (tmp_path / "run" / "train.log").read_text())
+    assert logged == [(row["epoch"], f"{float(row['train_loss']):.4f}") for row in rows(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"epoch,loss\nfirst,2\n", b"epoch\n0\nx\n", b"\0"])
+def test_a_damaged_summary_does_not_end_the_run(flags, tmp_path, damage):
+    cut = build_trainer(parse_config(flags))
+    cut.epochs = 1
+    assert cut.run() == 0
+    (tmp_path / "run" / "summary.csv").write_bytes(damage)
+    assert run(flags[0], "--resume", tmp_path / "run") == 0
+
+
+def test_every_start_is_recorded(flags, tmp_path, capsys):
+    """One that trains nothing is no start."""
+    trainer = build_trainer(parse_config(flags))
+    at_step(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert trainer.run() == EXIT_INTERRUPTED
+    assert run(flags[0], "--resume", tmp_path / "run") == 0
+    assert run(flags[0], "--resume", tmp_path / "run") == 0
+    starts = yaml.safe_load((tmp_path / "run" / "starts.yaml").read_text())
+    assert [start["step"] for start in starts] == [0, 6]
+    assert all(start["versions"]["timm"] and start["hardware"]["cpu"] and start["command"] for start in starts)
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"- [", b""])
+def test_a_damaged_record_of_starts_does_not_end_the_run(flags, tmp_path, damage):
+    assert run(*flags, "--epochs", 1) == 0
+    (tmp_path / "run" / "starts.yaml").write_bytes(damage)
+    assert run(flags[0], "--resume", tmp_path / "run", "--epochs", 2) == 0
+    assert (tmp_path / "run" / "starts.yaml").read_bytes().startswith(damage)
+
+
+def test_slow_steps_have_a_line_before_the_log_interval(flags, tmp_path, monkeypatch):
+    """After 10, 20, 40 ... seconds, here a hundredth of them."""
+    monkeypatch.setattr("litvit.runs.report.FIRST_LINE", 0.1)
+    trainer = build_trainer(parse_config([*flags, "--log-interval", "50", "--epochs", "1", "-b", "4"]))
+    forward_backward = trainer.forward_backward
+    monkeypatch.setattr(trainer, "forward_backward", lambda *args: (time.sleep(0.11), forward_backward(*args))[1])
+    assert trainer.run() == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    steps = [int(step) for step in re.findall(r"epoch 1: step (\d+)/20, loss [\d.]+", log)]
+    assert steps[0] == 1
+    assert steps[-1] == 20
+    assert 3 <= len(steps) <= 7  # not all of them
+
+
+def test_a_first_step_that_takes_long_has_a_line_too(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("litvit.runs.report.NO_LINE", 0.2)
+    trainer = build_trainer(parse_config([*flags, "--epochs", "1"]))
+    at_step(trainer, 1, lambda: time.sleep(0.5))
+    assert trainer.run() == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count(" after 0 s\n") == 1
+    assert "epoch 1: step 0/4 after 0 s\n" in log
+
+
+def test_steps_that_are_fast_have_lines_as_asked_for(flags, tmp_path):
+    assert run(*flags, "--epochs", 1, "--log-interval", 2) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert re.findall(r"epoch 1: step (\d+)/4", log) == ["2", "4"]
 
 
 def at_step(trainer, number, act):
@@ -640,12 +754,37 @@ def test_weights_that_became_infinite_are_not_the_best(flags, tmp_path):
         return {**metrics, "top1": 100.0 * trainer.progress.epoch}
 
     trainer.validate = spoil
-    assert trainer.run() == 0
+    assert trainer.run() == EXIT_DIVERGED
     assert best_of(tmp_path / "run")["epoch"] == 1
     assert (
         "not a candidate for the best weights, its weights are not finite"
         in (tmp_path / "run" / "train.log").read_text()
     )
+
+
+@pytest.mark.parametrize(("part", "value"), [("weights", torch.nan), ("average", torch.inf)])
+@pytest.mark.parametrize("moment", ["end of an epoch", "checkpoint in time", "signal"])
+def test_weights_that_are_not_finite_do_not_become_the_checkpoint(flags, tmp_path, part, value, moment):
+    """After the first epoch, in step 6 of 8, they are spoilt: too late for the guard to notice by itself."""
+    every = ["--checkpoint-every", "7"] if moment == "checkpoint in time" else []
+    trainer = build_trainer(parse_config([*flags, *every]))
+
+    def spoil():
+        model = trainer.task.get_eval_model(ema=part == "average")
+        getattr(model, "module", model).head.bias.data[0] = value
+        if moment == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(trainer, 6, spoil)
+    assert trainer.run() == EXIT_DIVERGED
+    folder = tmp_path / "run"
+    log = (folder / "train.log").read_text()
+    assert "the weights are not finite, up to step" in log
+    assert f"the state is in {folder / DIVERGED}" in log
+    assert load_checkpoint(folder / DIVERGED)["update"] == {"signal": 6, "checkpoint in time": 7}.get(moment, 8)
+    assert load_checkpoint(folder / CHECKPOINT)["update"] == 4
+    assert best_of(folder)["epoch"] == 1
+    assert run(*flags, "--resume", "auto") == 0  # from the last good weights
 
 
 def test_an_output_folder_that_is_deleted_is_made_again(flags, tmp_path, undisturbed, assert_same_weights, capsys):
