@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     known_classes = settings.description.get("classes")
-    images = open_for_evaluation(data, known_classes, config.decoder)
+    images = open_for_evaluation(data, known_classes, config.decoder, settings.description.get("held_out"))
     classes = class_names(images)
     counted = max(classes.values()) + 1 if classes else None
     num_classes = data.num_classes or counted

@@ -31,6 +31,7 @@ from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
+from litvit.training.model import keep_frozen
 from litvit.training.step_guard import Diverged, StepGuard
 
 logger = logging.getLogger("litvit")
@@ -108,6 +109,12 @@ class Trainer:
         check_same_run(self.folder, state["settings"] | held, self._settings() | counts)
         theirs, ours = (description.get("classes") for description in (state["description"], self.description))
         check_class_numbers(ours, theirs, self.config.data.data_dir, f"those of {self.folder}")
+        theirs, ours = (set(held.get("held_out", ())) for held in (state["description"], self.description))
+        if theirs != ours:
+            raise InputError(
+                f"{len(theirs - ours)} of the {len(theirs)} images that {self.folder} validates on (--val-fraction) are "
+                f"not held out now, such as {next(iter(sorted(theirs ^ ours)))}: put its images back"
+            )
         try:
             self.task.load_checkpoint_state(state["state_dict"])
             if self.task.has_ema():
@@ -156,7 +163,7 @@ class Trainer:
         status = 0
         try:
             with self.saver.signals:
-                while self.progress.epoch < self.epochs:
+                while self.progress.epoch < self.epochs and not self.out_of_patience():
                     self.run_epoch(report)
         except Interrupted:
             status = EXIT_INTERRUPTED
@@ -190,6 +197,19 @@ class Trainer:
         report.epoch(progress.epoch - 1, progress.step, train_metrics, metrics, lr, progress.best_top1)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
 
+    def out_of_patience(self) -> bool:
+        """Whether validation was not better for `--patience` epochs. All processes go by the first one's."""
+        progress, patience = self.progress, self.config.run.patience
+        if patience is None:
+            return False
+        waited = progress.epoch - progress.best_epoch if self.processes.primary else 0
+        (waited,) = self.processes.sum(waited)
+        if waited < patience:
+            return False
+        text = "ended after epoch %d: no better top1 in %d epochs (--patience %d)"
+        logger.info(text, progress.epoch, waited, patience)
+        return True
+
     def train_epoch(self, report: Report) -> float:
         """Train the rest of an epoch.
 
@@ -198,6 +218,8 @@ class Trainer:
         """
         progress, log_interval = self.progress, self.config.run.log_interval
         self.task.train()
+        if self.config.model.freeze is not None:
+            keep_frozen(self.task.get_trainable_module())
         self.train_batches.set_epoch(progress.epoch, progress.steps_in_epoch)
         if self.mixup is not None and self.config.augment.mixup_off_epoch:
             self.mixup.mixup_enabled = progress.epoch < self.config.augment.mixup_off_epoch
@@ -331,6 +353,8 @@ def log_start(trainer: Trainer) -> None:
         trainer.rates["warmup_lr"],
         trainer.rates["min_lr"],
     )
+    for note in config.run.chosen:
+        logger.info("%s", note)
     if config.run.cfg:
         logger.info("--cfg %s is not read: LVT's published settings are the model's defaults", config.run.cfg)
     if progress.epoch >= trainer.epochs:
