@@ -271,6 +271,25 @@ class _Part(Reader):
         return self.reader._filename(self.indices[index], basename=basename, absolute=absolute)
 
 
+def choose_names(names: Collection[str], fraction: float, seed: int) -> list[str]:
+    """Choose a share of names by the seed and the names alone, not by their order.
+
+    Args:
+        names: Names to choose from.
+        fraction: Share of them. It is rounded, to 1 name at least, and to all but 1 at most.
+        seed: Seed of the choice.
+
+    Raises:
+        InputError: a single name.
+    """
+    if len(names) < 2:
+        raise InputError(f"{printable(next(iter(names)))} is the only image of its class: validation needs another one")
+    count = min(max(round(fraction * len(names)), 1), len(names) - 1)
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest())[
+        :count
+    ]
+
+
 def split_images(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     """Split images into those to train on and those to validate on, the same share of every class.
 
@@ -286,18 +305,12 @@ def split_images(images: Images, fraction: float, seed: int) -> tuple[Images, Im
         InputError: a class with a single image.
     """
     reader = images.dataset.reader
-    of_class = defaultdict(list)
+    of_class = defaultdict(dict)
     for index, target in enumerate(reader.targets):
-        rank = hashlib.sha256(f"{seed}/{reader.filename(index)}".encode(errors="surrogateescape")).digest()
-        of_class[target].append((rank, index))
+        of_class[target][reader.filename(index)] = index
     chosen = set()
-    for ranked in of_class.values():
-        if len(ranked) == 1:
-            raise InputError(
-                f"{images.name(ranked[0][1])} is the only image of its class: --val-fraction needs two or more per class"
-            )
-        count = min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)
-        chosen.update(index for _, index in sorted(ranked)[:count])
+    for indices in of_class.values():
+        chosen.update(indices[name] for name in choose_names(indices, fraction, seed))
     left = [index for index in range(len(reader)) if index not in chosen]
     train, val = (
         Images(ImageDataset(str(reader.root), reader=_Part(reader, part)), images.seed, images.decoder)

@@ -35,7 +35,7 @@ def choose_settings(
     # Ten times the images are seen about three times as often: 100 images 100 times, 10,000 images 10 times.
     epochs = min(max(round(1000 / math.sqrt(num_images)), 10), 100)
     if not has_weights:
-        epochs = max(3 * epochs, 100)
+        epochs = max(epochs * 3 // 2, 100)
     epochs = given.get("epochs", epochs)
     schedule = {"epochs": epochs, "warmup_epochs": min(epochs // 10, 5), "patience": max(epochs // 3, 5)}
 
