@@ -231,7 +231,7 @@ class _Renumbered(Reader):
 
     def __init__(self, reader: Reader, numbers: Mapping[str, int]):
         super().__init__()
-        self.reader, self.class_to_idx = reader, dict(numbers)
+        self.reader, self.class_to_idx, self.root = reader, dict(numbers), getattr(reader, "root", None)
         self._numbers = {number: numbers[name] for name, number in reader.class_to_idx.items()}
         if hasattr(reader, "targets"):
             self.targets = [self._numbers[target] for target in reader.targets]

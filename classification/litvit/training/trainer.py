@@ -165,6 +165,8 @@ class Trainer:
             with self.saver.signals:
                 while self.progress.epoch < self.epochs and not self.out_of_patience():
                     self.run_epoch(report)
+            if self.progress.epoch < self.epochs:
+                logger.info("no better top1 since epoch %d: --patience ends the run", self.progress.best_epoch)
         except Interrupted:
             status = EXIT_INTERRUPTED
         except Diverged as error:
@@ -204,11 +206,7 @@ class Trainer:
             return False
         waited = progress.epoch - progress.best_epoch if self.processes.primary else 0
         (waited,) = self.processes.sum(waited)
-        if waited < patience:
-            return False
-        text = "ended after epoch %d: no better top1 in %d epochs (--patience %d)"
-        logger.info(text, progress.epoch, waited, patience)
-        return True
+        return waited >= patience
 
     def train_epoch(self, report: Report) -> float:
         """Train the rest of an epoch.
@@ -357,7 +355,7 @@ def log_start(trainer: Trainer) -> None:
         logger.info("%s", note)
     if config.run.cfg:
         logger.info("--cfg %s is not read: LVT's published settings are the model's defaults", config.run.cfg)
-    if progress.epoch >= trainer.epochs:
+    if progress.epoch >= trainer.epochs or trainer.out_of_patience():
         logger.info("this run has ended already")
     elif progress.step:
         logger.info("continuing at epoch %d, step %d", progress.epoch + 1, progress.steps_in_epoch + 1)
