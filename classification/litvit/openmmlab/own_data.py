@@ -249,9 +249,7 @@ def find_pairs(root: Path) -> dict[str, list[tuple[str, str]]]:
     """
     images, masks = {}, {}
     suffixes = image_suffixes()
-    files = [
-        os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names
-    ]
+    files = [os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names]
     files = [file for file in files if not any(part.startswith((".", "__MACOSX")) for part in Path(file).parts)]
     files = natural_order(file for file in files if os.path.splitext(file)[1].lower() in suffixes)
     photographs = {os.path.splitext(file)[0] for file in files if file.lower().endswith((".jpg", ".jpeg"))}
@@ -268,7 +266,9 @@ def find_pairs(root: Path) -> dict[str, list[tuple[str, str]]]:
             raise InputError(f"{root}: {group[key]} and {file} have one name: rename one of them")
         group[key] = file
     if not images or not masks:
-        raise InputError(f"{root} has no pairs of images and masks: images/x.jpg and masks/x.png, or x.jpg and x_mask.png")
+        raise InputError(
+            f"{root} has no pairs of images and masks: images/x.jpg and masks/x.png, or x.jpg and x_mask.png"
+        )
     alone = [images[key] for key in images if key not in masks]
     if alone:
         raise InputError(f"{root}: {len(alone)} images have no mask, such as {alone[0]}: add masks, or move them away")
@@ -335,8 +335,8 @@ def _count_labels(file: Path) -> np.ndarray:
         raise InputError(f"{file} cannot be read: {one_line(error)}") from error
     if labels.ndim > 2 or labels.min(initial=0) < 0 or labels.max(initial=0) > 255:
         raise InputError(
-            f"{file} has colours or numbers above 255, but a pixel's label is one number from 0 to 255: save one channel, or a "
-            "palette's indices"
+            f"{file} has colours or numbers above 255, but a pixel's label is one number from 0 to 255: save one channel, "
+            "or a palette's indices"
         )
     return np.bincount(labels.ravel().astype(int), minlength=256)
 

@@ -112,8 +112,8 @@ class Trainer:
         theirs, ours = (set(held.get("held_out", ())) for held in (state["description"], self.description))
         if theirs != ours:
             raise InputError(
-                f"{len(theirs - ours)} of the {len(theirs)} images that {self.folder} validates on (--val-fraction) are "
-                f"not held out now, such as {next(iter(sorted(theirs ^ ours)))}: put its images back"
+                f"{self.folder} validates on other images than --val-fraction would hold out now, which differ by "
+                f"{len(theirs ^ ours)}, such as {min(theirs ^ ours)}: put its images back"
             )
         try:
             self.task.load_checkpoint_state(state["state_dict"])

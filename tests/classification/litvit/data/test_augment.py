@@ -84,7 +84,8 @@ def test_unknown_policies_are_refused(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", ["rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.5-mmax15-tweights", "original-mstd0.5", "v0r", "augmix-m5-w4"]
+    "policy",
+    ["rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.5-mmax15-tweights", "original-mstd0.5", "v0r", "augmix-m5-w4"],
 )
 def test_policies_of_timm(policy):
     TrainTransform(AugmentConfig(aa=policy), (3, 32, 32), [0.5] * 3, [0.5] * 3)

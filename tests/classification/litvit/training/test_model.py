@@ -29,7 +29,9 @@ def test_frozen_parts_of_each_family():
         model = tiny(name)
         freeze_stages(model, 2)
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        expected = {name for name, _ in model.named_parameters() if f"{name}.".startswith(tuple(f"{x}." for x in parts))}
+        expected = {
+            name for name, _ in model.named_parameters() if f"{name}.".startswith(tuple(f"{x}." for x in parts))
+        }
         assert frozen == expected, name
 
 

@@ -210,8 +210,20 @@ def test_epochs_on_the_command_line_leave_out_the_recipes_cool_down():
 
 @pytest.mark.parametrize(
     "line",
-    ["lr: .inf", "lr: .nan", "weight_decay: .inf", "layer_decay: 7", "momentum: 3", "clip_grad: .inf", "val_fraction: 2"]
-    + ["min_lr_base: -1", "scale: [0.5, .inf]", "patience: 0", "freeze: -1", "color_jitter: -1"],
+    [
+        "lr: .inf",
+        "lr: .nan",
+        "weight_decay: .inf",
+        "layer_decay: 7",
+        "momentum: 3",
+        "clip_grad: .inf",
+        "val_fraction: 2",
+        "min_lr_base: -1",
+        "scale: [0.5, .inf]",
+        "patience: 0",
+        "freeze: -1",
+        "color_jitter: -1",
+    ],
 )
 def test_numbers_that_no_run_can_have(tmp_path, line):
     (tmp_path / "own.yaml").write_text(f"model: lit_ti\n{line}\n")

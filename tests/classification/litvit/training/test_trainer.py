@@ -757,5 +757,5 @@ def test_a_run_whose_held_out_images_have_changed_is_not_continued(own_flags, di
     held = read_description(Path(flags[flags.index("--output") + 1]) / "run" / BEST_WEIGHTS)["held_out"][0]
     image = digits_copy / "train" / held
     image.rename(image.with_name("renamed.png"))
-    with pytest.raises(InputError, match="not held out now"):
+    with pytest.raises(InputError, match="validates on other images"):
         run(*flags, "--resume", "auto", "--epochs", "2")
