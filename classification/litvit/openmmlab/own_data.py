@@ -335,8 +335,8 @@ def _count_labels(file: Path) -> np.ndarray:
         raise InputError(f"{file} cannot be read: {one_line(error)}") from error
     if labels.ndim > 2 or labels.min(initial=0) < 0 or labels.max(initial=0) > 255:
         raise InputError(
-            f"{file} has colours or numbers above 255, but a pixel's label is one number from 0 to 255: save one channel, "
-            "or a palette's indices"
+            f"{file} has colours or numbers above 255, but a pixel's label is one number from 0 to 255: save one "
+            "channel, or a palette's indices"
         )
     return np.bincount(labels.ravel().astype(int), minlength=256)
 
