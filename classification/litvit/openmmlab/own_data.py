@@ -12,6 +12,7 @@ run's copy of the config has all of it, and no `own_data`.
 - `iterations`: length of the training. None for `iterations`.
 """
 
+import importlib
 import math
 import os
 import re
@@ -91,7 +92,9 @@ def _set_schedule(cfg: Config, length: int) -> None:
         "by_epoch": False,
         "interval": interval,
         "max_keep_ckpts": 2,
-        "save_best": "auto",
+        "save_best": "mIoU"
+        if cfg.get("default_scope") == "mmseg"
+        else "auto",  # mmseg's first is the accuracy of pixels
     }
     cfg.default_hooks.logger.interval = min(50, max(length // 20, 1))
     cfg.log_processor = {**cfg.get("log_processor", {"type": "LogProcessor", "window_size": 50}), "by_epoch": False}
@@ -308,7 +311,8 @@ def _complete_segmentor(cfg: Config, root: Path, settings: dict) -> tuple[int, l
             "pipeline": pipeline,
         }
     imports = [*(cfg.get("custom_imports") or {}).get("imports", ()), "litvit.openmmlab.pairs"]
-    cfg.custom_imports = {"imports": list(dict.fromkeys(imports)), "allow_failed_imports": False}
+    cfg.custom_imports = {"imports": list(dict.fromkeys(imports)), "allow_failed_imports": False}  # of the run's copy
+    importlib.import_module("litvit.openmmlab.pairs")  # needs mmseg
     pixels = np.maximum(counts[labels], 1)
     # Rare classes weigh more, by the root of how rare they are: their own share would make them win everywhere.
     weights = np.clip(np.sqrt(np.median(pixels) / pixels), 0.25, 8).round(3).tolist()
