@@ -10,6 +10,7 @@ from litvit import __version__
 COMMANDS = {
     "train": ("litvit.commands.train", "train an image classifier"),
     "validate": ("litvit.commands.validate", "evaluate a checkpoint: top-1, top-5, loss, images/s"),
+    "export": ("litvit.commands.export", "write a model for ONNX, OpenVINO and others, and compare it"),
     "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
     "visualize-offset": ("litvit.commands.visualize_offset", "plot where deformable token merging reads"),
     "hub-folder": ("litvit.commands.hub_folder", "make a folder of a run's best weights for the Hugging Face Hub"),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litvit.attention.relative import are_static
+from litvit.graphs import are_static, is_exporting
 
 
 def resize_position_table(table: Tensor, size: tuple[int, int]) -> Tensor:
@@ -39,6 +39,8 @@ def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     size = tuple(2 * side - 1 for side in grid)
     if are_static(*size) and tuple(table.shape[1:]) == size:
         return table
+    if is_exporting():  # a single operator of every runtime
+        return F.interpolate(table[None].float(), size=size, mode="bicubic")[0].to(table.dtype)
     # Interpolation is linear and works on one axis at a time. As two matrix products its gradient needs no atomic
     # additions, which deterministic mode refuses. The matrices are interpolated identity matrices.
     with _without_autocast(table):

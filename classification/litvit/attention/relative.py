@@ -11,6 +11,7 @@ from torch import Tensor
 from litvit.attention.product import attend
 from litvit.errors import InputError
 from litvit.functorch_support import transforms_are_active
+from litvit.graphs import are_static, is_exporting
 from litvit.triton_support import TRITON_DTYPES, interprets_triton, runs_triton
 
 PATHS = ("plain", "sdpa", "triton")
@@ -72,6 +73,12 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
         Bias, (1, heads, N, N).
     """
     h, w = grid
+    if is_exporting():  # runtimes have no views of overlapping windows
+        rows, columns = (torch.arange(side, device=table.device) for side in grid)
+        row = rows.view(h, 1, 1, 1) - rows.view(1, 1, h, 1) + (h - 1)
+        column = columns.view(1, w, 1, 1) - columns.view(1, 1, 1, w) + (w - 1)
+        index = row * (2 * w - 1) + column
+        return table.flatten(1).index_select(1, index.flatten()).view(1, -1, h * w, h * w)
     # Sliding windows are table[yi + a, xi + b]; with the keys in reverse order a = h - 1 - yj, b = w - 1 - xj.
     if not are_static(h, w):
         # unfold would make the sizes constants, with one graph for each. The gradient of these windows is slower.
@@ -105,10 +112,10 @@ def choose_path(qkv: Tensor, path: str | None = None) -> str:
         )
     if path:
         return path
-    if qkv.is_cuda and _kernels_take(qkv) and not transforms_are_active():
+    if qkv.is_cuda and _kernels_take(qkv) and not transforms_are_active() and not is_exporting():
         return "triton"
     # With a bias that needs a gradient, the CPU's scaled_dot_product_attention is slower. Traces are for inference.
-    recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    recorded = torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_exporting()
     return "plain" if qkv.device.type == "cpu" and recorded else "sdpa"
 
 
@@ -116,14 +123,3 @@ def _kernels_take(qkv: Tensor) -> bool:
     if qkv.dtype not in TRITON_DTYPES or qkv.shape[4] not in (16, 32, 64, 128):
         return False
     return interprets_triton(qkv.device) or runs_triton(qkv.device)
-
-
-def are_static(*sizes: int | torch.SymInt) -> bool:
-    """Return whether there is no graph being made, by torch.compile or torch.export, that is for other sizes too."""
-    if not torch.compiler.is_compiling():
-        return True
-    try:
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-    except ImportError:  # in older torch
-        return False
-    return all(has_static_value(size) for size in sizes)

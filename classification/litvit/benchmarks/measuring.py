@@ -22,6 +22,11 @@ WARM_UP = 3  # torch.compile's CUDA graphs are recorded in the second call
 
 
 def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, float]:
+    """Time calls in turn, see `interleaved_seconds`, and return median seconds per call."""
+    return {name: statistics.median(values) for name, values in interleaved_seconds(calls, repeats, device).items()}
+
+
+def interleaved_seconds(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Time calls in turn, `repeats` rounds after a warm-up, so that a slowdown of the machine affects all equally.
 
     Args:
@@ -31,7 +36,7 @@ def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.devi
         device: Device on which the calls run.
 
     Returns:
-        Median seconds per call.
+        Seconds per call in each round.
     """
     times = {}
     progress = {"leave": False, "disable": None}  # on a terminal only
@@ -43,7 +48,7 @@ def interleaved_medians(calls: dict[str, Call], repeats: int, device: torch.devi
     for _ in tqdm(range(repeats), desc="rounds", **progress):
         for name, call in calls.items():
             seconds[name].append(_seconds(call, times[name], device))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def _seconds(call: Call, times: int, device: torch.device) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from litvit.benchmarks import cases
 from litvit.benchmarks.cases import PASSES
+from litvit.benchmarks.exported import benchmark_export
 from litvit.benchmarks.input_pipeline import benchmark_data
 from litvit.benchmarks.measuring import machine
 from litvit.errors import InputError
@@ -169,6 +170,14 @@ def _data_table(rows: list[dict]) -> list[list[str]]:
     return table
 
 
+def _export_table(rows: list[dict]) -> list[list[str]]:
+    table = [["batch", "model", "run", "ms", "speed / eager", f"speed / {rows[-1]['model']}"]]
+    for row in rows:
+        ratios = (f"{row[key]:.2f}" for key in ("eager_ratio", "peer_ratio"))
+        table.append([str(row["batch"]), row["model"], row["run"], f"{row['milliseconds']:.1f}", *ratios])
+    return table
+
+
 _BENCHMARKS = {
     "table1": (cases.benchmark_table1, _table1_table),
     "models": (cases.benchmark_models, _models_table),
@@ -176,4 +185,5 @@ _BENCHMARKS = {
     "attention": (cases.benchmark_attention, _attention_table),
     "dense": (cases.benchmark_dense, _dense_table),
     "data": (benchmark_data, _data_table),
+    "export": (benchmark_export, _export_table),
 }

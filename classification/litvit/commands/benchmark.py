@@ -19,6 +19,7 @@ import torch
 from litvit import cli
 from litvit.benchmarks import report
 from litvit.benchmarks.cases import COUNTERPARTS, DTYPES, PUBLISHED
+from litvit.benchmarks.exported import file_kind
 from litvit.errors import InputError
 
 ON_A_GPU = torch.cuda.is_available()
@@ -52,6 +53,10 @@ the bias out.
 DATA_HELP = """\
 A recipe's input pipeline on one core, from JPEG files to batches of uint8: milliseconds of processor time per
 image, by step. The files are parts of two sample photographs; those of 500 x 375 pixels take about 100 kB.
+"""
+EXPORT_HELP = """\
+Classifiers at 224 x 224 in torch, eager and compiled, and as files in their runtimes, with random weights, on a CPU.
+Files are written first, which takes minutes. Ratios are to eager torch, and to the last model run in the same way.
 """
 
 
@@ -156,6 +161,15 @@ def _parser() -> cli.ArgumentParser:
     data.add_argument("--model", default="lit_s", metavar="NAME", help="model with the recipe (lit_s)")
     data.add_argument("--image-size", type=_size, default=(500, 375), metavar="WxH", help="size of the files (500x375)")
     data.add_argument("--images", type=_positive, default=128, metavar="N", help="number of files, even (128)")
+    export = add("export", "exported classifiers, eager and compiled ones", EXPORT_HELP, _flags())
+    export.set_defaults(device=torch.device("cpu"), tf32=False)
+    export.add_argument("models", nargs="*", default=["lit_s", PEER], metavar="MODEL", help=f"(lit_s {PEER})")
+    files = ["onnx", "onnx:int8", "openvino", "openvino:int8"]
+    files_help = f"format, or format:precision, as litvit export names them ({' '.join(files)})"
+    export.add_argument("--files", nargs="+", type=file_kind, default=files, metavar="FILE", help=files_help)
+    batches = {"nargs": "+", "type": _positive, "default": [1, 8], "metavar": "N"}
+    export.add_argument("-b", "--batch-sizes", **batches, help="images per batch (1 8)")
+    export.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (torch's choice)")
     return parser
 
 

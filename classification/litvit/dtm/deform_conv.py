@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from litvit.errors import InputError
 from litvit.functorch_support import transforms_are_active
+from litvit.graphs import is_exporting
 from litvit.triton_support import TRITON_DTYPES, interprets_triton, runs_triton
 
 
@@ -73,6 +74,7 @@ def deform_conv_tokens(
 def _runs_triton(x: Tensor, offset: Tensor, matrix: Tensor) -> bool:
     return (
         runs_triton(x.device)
+        and not is_exporting()
         and {x.dtype, offset.dtype, matrix.dtype} <= TRITON_DTYPES
         and (x.dtype == matrix.dtype or torch.is_autocast_enabled(x.device.type))
         and not torch.are_deterministic_algorithms_enabled()
@@ -96,12 +98,26 @@ def sample_taps(x: Tensor, offset: Tensor, k: int) -> Tensor:
     offset = offset.to(dtype)
     if transforms_are_active():
         return _sample_differentiably(x, offset, k)
-    if torch.jit.is_tracing():  # which cannot record our own autograd functions
+    table = x.reshape(B * H * W, C)
+    if torch.jit.is_tracing() or is_exporting():  # which need not, or cannot, record our own autograd functions
         index, weight = _bilinear_corners(offset, (H, W), k)[:2]
     else:
         index, weight = _BilinearCorners.apply(offset, (H, W), k)
-    taps = F.embedding_bag(index, x.reshape(B * H * W, C), per_sample_weights=weight.to(x.dtype), mode="sum")
+    if is_exporting():
+        taps = _sum_rows(table, index, weight)
+    else:
+        taps = F.embedding_bag(index, table, per_sample_weights=weight.to(x.dtype), mode="sum")
     return taps.view(*offset.shape[:3], k * k * C)
+
+
+def _sum_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Compute what an embedding bag does, (M, 4) -> (M, C), by operations that all runtimes and transforms have.
+
+    ONNX has no embedding bag: exporters write one as a loop of a turn per bag. In onnxruntime this sum is as fast as
+    ONNX's DeformConv, which OpenVINO refuses, and faster than GridSample (docs/export.md).
+    """
+    rows = table.index_select(0, index.flatten().long()).view(*index.shape, table.shape[1])
+    return (rows * weight.to(table.dtype).unsqueeze(-1)).sum(1)
 
 
 def sample_map(x: Tensor, offset: Tensor, k: int) -> Tensor:
@@ -125,9 +141,8 @@ def _sample_differentiably(x: Tensor, offset: Tensor, k: int) -> Tensor:
     index, _, distance, axis_weight = _bilinear_corners(offset, (H, W), k)
     slope = _slope(distance.detach())
     axis_weight = torch.where(slope == 0, axis_weight.detach(), 1 + slope * distance)
-    weight = (axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]).reshape(-1, 4, 1)
-    corners = x.reshape(B * H * W, C)[index.long()]
-    return (corners * weight.to(x.dtype)).sum(1).view(*offset.shape[:3], k * k * C)
+    weight = (axis_weight[..., 0, :, None] * axis_weight[..., 1, None, :]).reshape(-1, 4)
+    return _sum_rows(x.reshape(B * H * W, C), index, weight).view(*offset.shape[:3], k * k * C)
 
 
 def _slope(distance: Tensor) -> Tensor:

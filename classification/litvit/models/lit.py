@@ -20,6 +20,7 @@ from litvit.attention import attend, relative_attention, relative_position_bias
 from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
 from litvit.errors import InputError
+from litvit.graphs import are_static
 from litvit.models.backbone import (
     Backbone,
     BackboneFeatures,
@@ -468,8 +469,7 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
     """Pad (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
     # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
     bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
-    # torch.compile makes one graph of it for all sizes, in which padding by nothing costs nothing.
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if torch.compiler.is_compiling() or bottom or right else x
+    return x if are_static(bottom, right) and not (bottom or right) else F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
 def _cfg(name: str) -> dict:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from litvit.attention import attend
 from litvit.errors import InputError
+from litvit.graphs import are_static, is_exporting
 from litvit.models.backbone import (
     Backbone,
     BackboneFeatures,
@@ -90,7 +91,7 @@ class ConvolutionalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)
+        pooled = _pool(x)
         h, w = pooled.shape[1:3]
         M, heads, c = B * h * w, self.num_heads, C // self.num_heads
         attn = (self.attn(pooled) * self.scale).view(M * heads, 9, 9).softmax(1).transpose(1, 2)
@@ -98,6 +99,18 @@ class ConvolutionalSelfAttention(nn.Module):
         v = _unfold(x, h, w).flatten().view(9, M, C) @ self.v.transpose(1, 2)
         mixed = self.attn_drop(attn) @ v.view(9, M * heads, c).transpose(0, 1)
         return self.proj_drop(self.proj(_fold(mixed.view(B, h, w, heads, 3, 3, c), (H, W))))
+
+
+def _pool(x: Tensor) -> Tensor:
+    """Average 2 x 2 tokens, and fewer where a side is odd: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C)."""
+    H, W = x.shape[1:3]
+    x = x.permute(0, 3, 1, 2)
+    if not is_exporting() or are_static(H, W):
+        return F.avg_pool2d(x, 2, ceil_mode=True).permute(0, 2, 3, 1)
+    # With ceil_mode a graph would be for odd sides or for even ones.
+    padding = (0, (W + 1) // 2 * 2 - W, 0, (H + 1) // 2 * 2 - H)
+    counts = F.pad(x.new_ones(1, 1, H, W), padding)
+    return (F.avg_pool2d(F.pad(x, padding), 2) / F.avg_pool2d(counts, 2)).permute(0, 2, 3, 1)
 
 
 # Along each axis, patch i of 3 tokens at stride 2 starts at token 2i - 1. Its middle is an even token, which no other
@@ -110,7 +123,7 @@ def _unfold(x: Tensor, h: int, w: int) -> Tensor:
     B, H, W, C = x.shape
     # In this form torch.compile need not prove that unknown sizes come out as h and w again.
     bottom, right = 2 * h - H, 2 * w - W
-    if torch.compiler.is_compiling() or bottom or right:
+    if not are_static(bottom, right) or bottom or right:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     middle, end = x.view(B, h, 2, 2 * w, C).unbind(2)
     x = torch.stack((F.pad(end[:, :-1], (0, 0, 0, 0, 1, 0)), middle, end))
@@ -125,7 +138,12 @@ def _fold(patches: Tensor, size: tuple[int, int]) -> Tensor:
     x = torch.stack((middle, end + F.pad(start[:, :, 1:], (0, 0, 0, 0, 0, 0, 0, 1))), dim=3)
     start, middle, end = x.unbind(5)
     x = torch.stack((middle, end + F.pad(start[:, 1:], (0, 0, 0, 0, 0, 0, 0, 0, 0, 1))), dim=2)
-    return x.view(B, 2 * h, 2 * w, heads * c)[:, : size[0], : size[1]]
+    x = x.view(B, 2 * h, 2 * w, heads * c)
+    if is_exporting() and not are_static(*size):
+        # A slice would make the graph one for odd sides or one for even ones, by its strides.
+        rows, columns = (torch.arange(side, device=x.device) for side in size)
+        return x.index_select(1, rows).index_select(2, columns)
+    return x[:, : size[0], : size[1]]
 
 
 class AtrousConv(nn.Conv2d):
