@@ -166,3 +166,13 @@ def test_a_process_whose_loader_hangs_leaves_with_the_others(
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert_same_weights(tmp_path / "run", undisturbed_pair)
+
+
+def test_both_processes_hold_out_the_same_images_and_end_together(digits, tmp_path, tiny_flags, run_script):
+    own = ["--val-fraction", 0.25, "-b", 10, "--epochs", 9, "--patience", 1, "--lr", 0, "--min-lr", 0]
+    flags = [digits / "train", *tiny_flags, *own, "--output", tmp_path, "--experiment", "run"]
+    outcome = run_script("distributed_train.sh", 2, *flags)
+    assert outcome.status == 0, outcome.err
+    assert "60 + 20 images, total batch 20, 3 steps per epoch, 9 epochs" in outcome.out
+    assert "no better top1 since epoch" in outcome.out
+    assert len((tmp_path / "run/summary.csv").read_text().splitlines()) < 10

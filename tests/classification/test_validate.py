@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import train
 import validate
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -401,3 +402,16 @@ def test_standard_output_as_results_file_holds_the_result_once(digits, weights, 
     assert outcome.status == 0, outcome.err
     assert json.loads(outcome.out)["images"] == 40
     assert os.path.islink("/dev/stdout")
+
+
+def test_the_images_that_a_training_held_out_are_evaluated(digits, tmp_path, tiny_flags, run_main):
+    own = ["--val-fraction", 0.25, "--epochs", 1, "--output", tmp_path, "--experiment", "run"]
+    assert run_main(train, digits / "train", *tiny_flags, *own).status == 0
+    weights = tmp_path / "run/model_best.safetensors"
+    outcome = run_main(validate, digits / "train", "--checkpoint", weights, "-j", 0)
+    result = json.loads(outcome.out)
+    assert result["images"] == 20
+    assert result["top1"] == pytest.approx(read_description(weights)["top1"], abs=1e-3)
+    assert "20 of 80 images, those that the training held out" in outcome.err
+    everything = run_main(validate, digits / "train", "--checkpoint", weights, "-j", 0, "--val-fraction", 0)
+    assert json.loads(everything.out)["images"] == 80

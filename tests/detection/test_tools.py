@@ -519,3 +519,31 @@ def test_the_number_of_gpus_is_required(config):
     done = run("dist_train.sh", config, "many")
     assert done.status == 2
     assert "'many' is no number of GPUs" in done.err
+
+
+# The small config for data of one's own, with a tiny backbone.
+OWN = """
+_base_ = "{detection}/configs/finetune/mask_rcnn_lit_small.py"
+model = dict(
+    backbone=dict(dims=(16, 32, 40, 64), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2), img_size=64),
+    neck=dict(in_channels=[16, 32, 40, 64]),
+)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+"""
+
+
+def test_a_folder_of_coco_files_is_enough(config, tmp_path):
+    """With masks, and from the weights of a detector or of its backbone; the run's own config evaluates."""
+    (tmp_path / "own.py").write_text(OWN.format(detection=DETECTION))
+    for number, weights in enumerate(("", tmp_path / "0/iter_2.pth")):
+        options = [f"data_root={config.parent / 'coco'}", f"own_data.weights={weights}", "own_data.iterations=2"]
+        folder = tmp_path / str(number)
+        done = run("train.py", tmp_path / "own.py", "--work-dir", folder, "--cfg-options", *options)
+        assert done.status == 0, done.err
+        assert "coco/segm_mAP" in done.out
+        assert (f"Load checkpoint from {weights}" in done.out) == bool(weights)
+    done = run("test.py", tmp_path / "0/own.py", tmp_path / "0/iter_2.pth", "--work-dir", tmp_path / "test")
+    assert done.status == 0, done.err
+    assert "coco/bbox_mAP" in done.out

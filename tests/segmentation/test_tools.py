@@ -585,3 +585,51 @@ def test_annotations_are_listed_by_folder(tmp_path, monkeypatch):
 def test_the_number_of_gpus_is_required(config):
     assert "dist_train.sh CONFIG GPUS" in run("dist_train.sh", config).err
     assert "CONFIG CHECKPOINT GPUS" in run("dist_test.sh", config, "x.pth").err
+
+
+# The small config for data of one's own, with a tiny backbone.
+OWN = """
+_base_ = "{segmentation}/configs/finetune/fpn_lit_small.py"
+model = dict(
+    backbone=dict(dims=(16, 32, 40, 64), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2), img_size=64),
+    neck=dict(in_channels=[16, 32, 40, 64]),
+)
+train_dataloader = dict(num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+"""
+
+
+def test_a_folder_of_images_and_masks_is_enough(tmp_path):
+    """Bright discs on a dark ground are learned, and the run's own config evaluates and predicts without flags."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64]
+    for folder in ("images", "masks"):
+        (tmp_path / "cells" / folder).mkdir(parents=True)
+    for i in range(10):
+        row, column = random.integers(16, 48, 2)
+        disc = (y - row) ** 2 + (x - column) ** 2 < 12**2
+        pixels = random.integers(0, 60, (64, 64, 3)) + 150 * disc[..., None]
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"cells/images/{i}.jpg")
+        Image.fromarray(disc.astype(np.uint8) * 255).save(tmp_path / f"cells/masks/{i}.png")
+    (tmp_path / "own.py").write_text(OWN.format(segmentation=SEGMENTATION))
+    options = [f"data_root={tmp_path / 'cells'}", "own_data.weights=", "own_data.iterations=60"]
+    done = run("train.py", tmp_path / "own.py", "--work-dir", tmp_path / "run", "--cfg-options", *options)
+    assert done.status == 0, done.err
+    assert "8 + 2 pairs of images and masks" in done.err
+    assert "labels and classes: 0 0 (weight" in done.err
+    config, checkpoint = tmp_path / "run/own.py", (tmp_path / "run/last_checkpoint").read_text()
+    done = run("test.py", config, checkpoint, "--work-dir", tmp_path / "test")
+    assert done.status == 0, done.err
+    assert float(re.search(r"mIoU: ([\d.]+)", done.out)[1]) > 80
+    done = run(
+        "predict.py", tmp_path / "cells/images/0.jpg", "--config", config, "--checkpoint", checkpoint,
+        "--out", tmp_path / "drawn",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    done = run(
+        "predict.py", tmp_path / "cells/images/0.jpg", "--config", tmp_path / "own.py", "--checkpoint", checkpoint,
+        "--out", tmp_path / "drawn",
+    )  # fmt: skip
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "own.py of the run's folder" in done.err

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,6 +42,28 @@ def register_augmentation(function: Callable[[], Callable[[Image.Image], Image.I
     return function
 
 
+_NUMBER = r"\d+(\.\d+)?"
+# Policies of timm, and what may follow after dashes. timm passes over a part of a name that it does not know.
+_POLICIES = {
+    "rand": rf"m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc\d|t(weights|3aw?)",
+    "augmix": rf"[mwdb]\d+|a{_NUMBER}|mstd{_NUMBER}",
+    **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), rf"mstd{_NUMBER}"),
+}
+
+
+def check_policy(name: str) -> None:
+    """Raise InputError for a policy that is neither timm's nor of your own."""
+    if name in AUGMENTATIONS:
+        return
+    policy, *parts = name.split("-")
+    if policy not in _POLICIES:
+        known = ", ".join((*_POLICIES, *AUGMENTATIONS))
+        raise InputError(f"--aa {name} is neither a policy of timm nor registered by a module of --import: {known}")
+    wrong = next((part for part in parts if not re.fullmatch(_POLICIES[policy], part)), None)
+    if wrong is not None:
+        raise InputError(f"--aa {name}: timm's {policy} has no setting '{wrong}'; an example: rand-m9-mstd0.5-inc1")
+
+
 @dataclass(frozen=True)
 class AugmentConfig:
     """Augmentation of training images, and of their batches."""
@@ -61,6 +84,9 @@ class AugmentConfig:
     mixup_switch_prob: float = setting(0.5, "P", "probability of cutmix if both are on")
     mixup_off_epoch: int = setting(0, "N", "epoch from which there is no mixing (0: never)")
     smoothing: float = setting(0.1, "X", "label smoothing, not of token labels")
+    class_weights: str | None = setting(
+        None, None, "balanced: rare classes weigh as much in the loss as frequent ones", choices=["balanced"]
+    )
 
     def timm_arguments(self) -> dict:
         """Return the arguments of timm's `create_transform` and `create_loader`, random erasing left out."""
@@ -158,6 +184,8 @@ class TrainTransform:
     def __init__(
         self, config: AugmentConfig, input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]
     ):
+        if config.aa:
+            check_policy(config.aa)
         own_augmentation = AUGMENTATIONS.get(config.aa)
         arguments = config.timm_arguments()
         if config.aa and not own_augmentation and input_size[0] == 4:
@@ -170,10 +198,6 @@ class TrainTransform:
             )
             self.crop = JpegDraftCrop(input_size[-2:], config.scale, config.ratio, config.train_interpolation)
         except (AssertionError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, AssertionError) and config.aa:
-                raise InputError(
-                    f"--aa {config.aa} is neither a policy of timm nor registered by a module of --import"
-                ) from error
             raise InputError(
                 f"--aa {config.aa}, --train-interpolation {config.train_interpolation} cannot augment images: {error!r}"
             ) from error

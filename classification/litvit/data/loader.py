@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from litvit.data.augment import AugmentConfig, TrainTransform, create_mixup
 from litvit.data.dataset import EvaluationImages, Fault, Images, Labels, Sample
 from litvit.data.pixels import Decoder
-from litvit.data.readers import DataConfig, class_list, open_train_and_val
+from litvit.data.readers import DataConfig, class_counts, class_list, held_out, open_train_and_val
 from litvit.data.sampler import EpochSampler
 from litvit.data.streams import ImageStream
 from litvit.data.token_labels import TokenLabels, soft_targets
@@ -289,7 +289,22 @@ class TrainingData:
                 f"{config.data_dir} has one class, {', '.join(self.classes or [])}: to train a classifier takes two, "
                 f"with one folder each in {config.train_split}/"
             )
+        self.held_out = held_out(self.val)
         self.mixup = create_mixup(augment, self.num_classes)
+
+    def class_weights(self) -> list[float] | None:
+        """Return the weight of each class in the loss: the mean number of images per class over its own.
+
+        None without `--class-weights`. The mean over the images is 1.
+
+        Raises:
+            InputError: the class of every image is not known beforehand.
+        """
+        if not self.augment.class_weights:
+            return None
+        counts = class_counts(self.train, self.num_classes)
+        mean = sum(counts) / sum(count > 0 for count in counts)
+        return [mean / max(count, 1) for count in counts]
 
     def batches(
         self, data_config: dict, processes: Processes, accum_steps: int = 1, token_labels: TokenLabels | None = None

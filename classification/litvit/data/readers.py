@@ -1,12 +1,15 @@
 """Find and open image data sets, and number their classes."""
 
+import hashlib
 import os
 import pickle
 import tarfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from timm.data import ImageDataset
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
@@ -45,6 +48,7 @@ class DataConfig:
     dataset: str = setting("", "READER", "hfds/NAME, hfids/NAME, wds/NAME, or one of --import (folder or .tar)")
     val_split: str = setting("val", "NAME", "split to validate on (val, validation or test)", "--val-split", "--split")
     val_num_samples: int | None = setting(None, "N", "length of a streamed validation set")
+    val_fraction: float = setting(0.0, "X", "share of each class to validate on where there is no val folder")
     class_map: str | None = setting(None, "FILE", "class names in the order of their numbers, one per line")
     input_key: str | None = setting(None, "KEY", "column, or suffix in a shard, of the images (found if there is one)")
     target_key: str | None = setting(None, "KEY", "column, or field of a shard's .json, of the classes (likewise)")
@@ -55,6 +59,7 @@ class DataConfig:
     )
     train_split: str = setting("train", "NAME", "subfolder, .tar or split to train on", training=True)
     train_num_samples: int | None = setting(None, "N", "length of a streamed training set", training=True)
+    split_seed: int = setting(0, "N", "seed of the choice of --val-fraction", training=True)
     val_batch_size: int | None = setting(None, "N", "batch size of validation (--batch-size)", training=True)
 
     @property
@@ -88,16 +93,20 @@ def find_split(root: str, split: str, *, or_itself: bool = False) -> Path:
         raise InputError(
             f"the data folder {root} is empty; it should hold train/ and val/, with one folder per class in each"
         )
-    for name in SPLIT_NAMES.get(split, (split,)):
-        for candidate in (name, f"{name}.tar"):
-            if candidate in entries:
-                return folder / candidate
+    if path := _named_split(root, split):
+        return path
     has_other_splits = any(
         name in entries or f"{name}.tar" in entries for names in SPLIT_NAMES.values() for name in names
     )
     if or_itself and not has_other_splits and any(entries.values()):
         return folder
     raise InputError(f"{root} has neither {split}/ nor {split}.tar; it holds {', '.join(list(entries)[:5])}")
+
+
+def _named_split(root: str, split: str) -> Path | None:
+    """Return the folder or .tar of a split, under one of its usual names; None if there is none."""
+    names = (candidate for name in SPLIT_NAMES.get(split, (split,)) for candidate in (name, f"{name}.tar"))
+    return next((path for path in (Path(root, name) for name in names) if path.exists()), None)
 
 
 def open_images(
@@ -222,8 +231,10 @@ class _Renumbered(Reader):
 
     def __init__(self, reader: Reader, numbers: Mapping[str, int]):
         super().__init__()
-        self.reader, self.class_to_idx = reader, dict(numbers)
+        self.reader, self.class_to_idx, self.root = reader, dict(numbers), getattr(reader, "root", None)
         self._numbers = {number: numbers[name] for name, number in reader.class_to_idx.items()}
+        if hasattr(reader, "targets"):
+            self.targets = [self._numbers[target] for target in reader.targets]
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -234,6 +245,115 @@ class _Renumbered(Reader):
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return self.reader._filename(index, basename=basename, absolute=absolute)
+
+
+class _Part(Reader):
+    """Some images of a reader, with its classes.
+
+    Args:
+        reader: Reader with `class_to_idx` and `targets`.
+        indices: Indices of the images.
+    """
+
+    def __init__(self, reader: Reader, indices: Sequence[int]):
+        super().__init__()
+        self.reader, self.indices = reader, list(indices)
+        self.class_to_idx, self.root = reader.class_to_idx, getattr(reader, "root", None)
+        self.targets = [reader.targets[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.reader[self.indices[index]]
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.reader._filename(self.indices[index], basename=basename, absolute=absolute)
+
+
+def choose_names(names: Collection[str], fraction: float, seed: int) -> list[str]:
+    """Choose a share of names by the seed and the names alone, not by their order.
+
+    Args:
+        names: Names to choose from.
+        fraction: Share of them. It is rounded, to 1 name at least, and to all but 1 at most.
+        seed: Seed of the choice.
+
+    Raises:
+        InputError: a single name.
+    """
+    if len(names) < 2:
+        raise InputError(f"{printable(next(iter(names)))} is the only image of its class: validation needs another one")
+    count = min(max(round(fraction * len(names)), 1), len(names) - 1)
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest())[
+        :count
+    ]
+
+
+def split_images(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+    """Split images into those to train on and those to validate on, the same share of every class.
+
+    The choice depends on the seed and the images' names alone, and not on the order in which they are listed. If images
+    are added, most of the others stay where they are.
+
+    Args:
+        images: Images of a folder or .tar.
+        fraction: Share of the images of each class to validate on. It is rounded, to 1 image at least.
+        seed: Seed of the choice.
+
+    Raises:
+        InputError: a class with a single image.
+    """
+    reader = images.dataset.reader
+    of_class = defaultdict(dict)
+    for index, target in enumerate(reader.targets):
+        of_class[target][reader.filename(index)] = index
+    chosen = set()
+    for indices in of_class.values():
+        chosen.update(indices[name] for name in choose_names(indices, fraction, seed))
+    left = [index for index in range(len(reader)) if index not in chosen]
+    train, val = (
+        Images(ImageDataset(str(reader.root), reader=_Part(reader, part)), images.seed, images.decoder)
+        for part in (left, sorted(chosen))
+    )
+    train.notes = images.notes
+    val.notes = [
+        f"{len(val)} of {len(reader)} images, {fraction:.0%} of each class (--val-fraction, --split-seed {seed})"
+    ]
+    return train, val
+
+
+def held_out(val: Images | ImageStream) -> list[str] | None:
+    """Return the names of the images that `split_images` has chosen to validate on, None for other images."""
+    reader = None if isinstance(val, ImageStream) else val.dataset.reader
+    return [reader.filename(index) for index in range(len(reader))] if isinstance(reader, _Part) else None
+
+
+def _only_held_out(images: Images, names: Collection[str]) -> Images:
+    """Return those of the images that a training held out by name; all of them if none is among them."""
+    reader, names = images.dataset.reader, set(names)
+    indices = [index for index in range(len(reader)) if reader.filename(index) in names]
+    if not indices:
+        return images
+    part = Images(ImageDataset(str(reader.root), reader=_Part(reader, indices)), images.seed, images.decoder)
+    gone = f", {len(names) - len(indices)} of them are gone" if len(indices) < len(names) else ""
+    part.notes = [
+        *images.notes,
+        f"{len(indices)} of {len(reader)} images, those that the training held out{gone} (--val-fraction 0: all)",
+    ]
+    return part
+
+
+def class_counts(images: Images | ImageStream, num_classes: int) -> list[int]:
+    """Return the number of images of each class.
+
+    Raises:
+        InputError: a stream, or a reader that does not list its classes.
+    """
+    reader = None if isinstance(images, ImageStream) else images.dataset.reader
+    if not hasattr(reader, "targets"):
+        raise InputError("--class-weights needs the class of every image beforehand: not with a stream or this reader")
+    return np.bincount(reader.targets, minlength=num_classes).tolist()
 
 
 def number_classes(images: Images, numbers: Mapping[str, int], where: str, source: str) -> None:
@@ -308,7 +428,10 @@ def check_class_numbers(found: list[str] | None, known: list[str] | None, where:
 
 
 def open_for_evaluation(
-    config: DataConfig, classes: list[str] | None, decoder: Decoder | None = None
+    config: DataConfig,
+    classes: list[str] | None,
+    decoder: Decoder | None = None,
+    chosen: Collection[str] | None = None,
 ) -> Images | ImageStream:
     """Open the images to evaluate on, with the model's class numbers.
 
@@ -316,12 +439,17 @@ def open_for_evaluation(
         config: Data to open the `val_split` of.
         classes: Model's classes in the order of their numbers; None for those of the train/ folder next to it.
         decoder: How files become images; None for RGB as stored.
+        chosen: Names of the images that the training held out, see `held_out`; None if it had a `val_split`.
 
     Raises:
         InputError: no images, or classes that the model does not know.
     """
     known = classes or train_classes(config) or []
-    images = open_images(config, config.val_split, known_classes=known, decoder=decoder, or_itself=True)
+    if chosen and config.val_fraction and not config.dataset and not _named_split(config.data_dir, config.val_split):
+        images = open_images(config, config.train_split, known_classes=known, decoder=decoder, or_itself=True)
+        images = _only_held_out(images, chosen)
+    else:
+        images = open_images(config, config.val_split, known_classes=known, decoder=decoder, or_itself=True)
     if isinstance(images, ImageStream):
         check_class_numbers(class_list(images), classes, config.val_split, "those of the checkpoint")
         return images
@@ -353,11 +481,21 @@ def open_train_and_val(
     Raises:
         InputError: data that cannot be trained on; the line names the folder or class.
     """
-    if not config.dataset:
-        find_split(config.data_dir, config.val_split)  # before the long listing of train/
-    train = open_images(config, config.train_split, decoder=decoder, seed=seed, is_training=True)
+    is_split = bool(config.dataset or _named_split(config.data_dir, config.val_split))
+    if not is_split and not config.val_fraction:  # before the long listing of train/
+        try:
+            find_split(config.data_dir, config.val_split)
+        except InputError as error:
+            hint = "; --val-fraction 0.2 validates on a fifth of train/" if os.path.isdir(config.data_dir) else ""
+            raise InputError(f"{error}{hint}") from error
+    train = open_images(
+        config, config.train_split, decoder=decoder, seed=seed, is_training=True, or_itself=not is_split
+    )
     classes = class_names(train)
-    val = open_images(config, config.val_split, known_classes=classes or (), decoder=decoder, seed=seed)
+    if is_split:
+        val = open_images(config, config.val_split, known_classes=classes or (), decoder=decoder, seed=seed)
+    else:
+        train, val = split_images(train, config.val_fraction, config.split_seed)
     if isinstance(val, ImageStream):
         check_class_numbers(class_list(val), class_list(train), config.val_split, f"those of {config.train_split}")
     elif classes and class_names(val):

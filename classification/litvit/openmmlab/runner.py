@@ -23,16 +23,24 @@ from torch.utils.data import DataLoader
 
 from litvit.data.workers import WatchedLoader
 from litvit.errors import InputError, is_from_user_code, one_line
-from litvit.openmmlab import checks
+from litvit.openmmlab import checks, own_data
 from litvit.openmmlab.backbones import MMBackbone
 from litvit.openmmlab.checkpoints import (
     load_checkpoint_checked,
     unwrap,
 )
 from litvit.openmmlab.mmcv_ops import provide_operators
+from litvit.processes import is_primary
 
 # mmengine has every process write the results of a test into the same file, at the same time.
 LoggerHook.after_test_epoch = master_only(LoggerHook.after_test_epoch)
+
+
+def complete_own_data(cfg: Config) -> None:
+    """Complete a config that has `own_data`, and print what was found."""
+    for note in own_data.complete(cfg):
+        if is_primary():
+            print(note, file=sys.stderr)
 
 
 class CheckedRunner(mmengine_runner.Runner):
@@ -43,6 +51,7 @@ class CheckedRunner(mmengine_runner.Runner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> "CheckedRunner":
+        complete_own_data(cfg)
         for name in cls.dataloaders:
             if cfg.get(name):
                 checks.check_data_settings(cfg[name].dataset)

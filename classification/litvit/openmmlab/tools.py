@@ -308,6 +308,9 @@ def draw_predictions(package: str, args: argparse.Namespace, make_draw: Callable
     device = choose_device(args.device)
     with _in_one_line(Event()):
         check_command([args.config, "--cfg-options", *args.cfg_options])
+        if "own_data" in Config.fromfile(args.config):
+            name = Path(args.config).name
+            raise InputError(f"--config {args.config} does not know the classes: give {name} of the run's folder")
         options = argparse.Namespace()
         DictAction([], "settings")(None, options, args.cfg_options)
         import_package(package)

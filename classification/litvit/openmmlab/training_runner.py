@@ -27,7 +27,7 @@ from litvit.openmmlab.checkpoints import (
     read_meta,
 )
 from litvit.openmmlab.loops import ExactEpochs, ExactIterations, ExactValidation, make_exact
-from litvit.openmmlab.runner import CheckedRunner
+from litvit.openmmlab.runner import CheckedRunner, complete_own_data
 from litvit.openmmlab.step_guard import GuardedSteps, guard_steps
 from litvit.processes import LAUNCHER, is_primary
 from litvit.runs.folder import CHECKPOINT, DIVERGED, PREVIOUS, interval, replace_file
@@ -195,6 +195,7 @@ class TrainingRunner(ResumableRunner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> "CheckedRunner":
+        complete_own_data(cfg)
         try:
             interval(str(cfg.get("checkpoint_every", CHECKPOINT_EVERY)))
         except ValueError as error:

@@ -54,6 +54,7 @@ class BestWeights:
             )
         elif metrics["top1"] > (self.unsaved[1]["top1"] if self.unsaved else progress.best_top1):
             self.unsaved = weights, {**description, "top1": metrics["top1"], "epoch": progress.epoch}
+            progress.best_epoch = progress.epoch
         if self.unsaved is None:
             return
         weights, description = self.unsaved

@@ -61,17 +61,20 @@ DESCRIPTION: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("model_kwargs",), lambda value: isinstance(value, dict), "a mapping"),
     (("num_classes", "in_chans"), _is_count, "a number from 1"),
     (("classes",), lambda value: value is None or _are(_is_text, value), "a list of names"),
+    (("held_out",), partial(_are, _is_text), "a list of names"),
     (("exif_transpose",), lambda value: isinstance(value, bool), "true or false"),
     (("img_size",), lambda value: _is_count(value) or _are(_is_count, value), "a size in pixels"),
     (("mean", "std"), partial(_are, _is_number), "a list of numbers"),
-    (("crop_pct", "top1", "epoch"), _is_number, "a number"),
+    (("crop_pct", "top1", "epoch", "val_fraction"), _is_number, "a number"),
 )
 # Settings that say where a run is carried out, not what it computes.
-LOCATION_SETTINGS = ("data_dir", "config", "cfg", "resume", "dry_run", "device", "output", "experiment")
+LOCATION_SETTINGS = ("data_dir", "config", "cfg", "resume", "dry_run", "device", "output", "experiment", "chosen")
 # Settings that a continued run may change: how it is carried out, and how long it is. Batch size and micro-batches may
 # change together with the world size; the total batch may not.
 RESUMABLE_CHANGES = (
     "epochs",
+    "cooldown_epochs",
+    "patience",
     "batch_size",
     "grad_accum_steps",
     "val_batch_size",
@@ -100,6 +103,9 @@ class RunConfig:
     )
     checkpoint_every: str = setting("10m", "T", "interval of checkpoints within an epoch: 10m, 90s, 500 steps")
     max_unreadable: float = setting(0.01, "X", "share of images that may fail to decode")
+    fit_to_data: bool = setting(False, None, "choose what is left open by the number of images (recipe finetune)")
+    chosen: Sequence[str] = ()  # what was chosen so, and why
+    patience: int | None = setting(None, "N", "epochs without a better top-1 after which the run ends (never)")
     seed: int = setting(42, "N", "seed of weights, sample order, augmentation")
     device: str | None = setting(None, "NAME", "cuda, cuda:1, cpu, mps ... (cuda if available)")
     dry_run: int | None = setting(

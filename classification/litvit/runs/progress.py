@@ -27,6 +27,7 @@ class Progress:
         step: Optimizer steps since the start of the run.
         steps_in_epoch: Optimizer steps of this epoch. After the last one, only validation is left.
         best_top1: Validated top-1 accuracy of the best weights that are saved, in percent; -1 while there are none.
+        best_epoch: Epoch with the best validated top-1, from 1; 0 while there is none.
         unreadable: Images of this epoch that could not be decoded, of this process.
     """
 
@@ -35,6 +36,7 @@ class Progress:
     step: int = 0
     steps_in_epoch: int = 0
     best_top1: float = -1.0
+    best_epoch: int = 0
     unreadable: list[str] = field(default_factory=list)
 
     def state_dict(self, processes: Processes) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class Progress:
             "update": self.step,
             "done": self.steps_in_epoch,
             "best_top1": self.best_top1,
+            "best_epoch": self.best_epoch,
             "loss_sum": processes.mean(self.loss_sum).item(),
             "unreadable": processes.gather(self.unreadable),
         }
@@ -52,6 +55,7 @@ class Progress:
         """Continue from what `state_dict` returned. The first process takes over the images of all."""
         self.epoch, self.step, self.steps_in_epoch = state["epoch"], state["update"], state["done"]
         self.best_top1 = state["best_top1"]
+        self.best_epoch = state.get("best_epoch", state["epoch"])  # runs of before --patience
         self.unreadable = state["unreadable"] if processes.primary else []
         self.loss_sum.fill_(state["loss_sum"])
 

@@ -17,7 +17,7 @@ from litvit.runs.folder import RunFolder, read_description, weights_file
 from litvit.runs.loggers import check_loggers
 from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
-from litvit.training.model import ModelConfig, build_model, data_settings, image_size
+from litvit.training.model import ModelConfig, build_model, data_settings, freeze_stages, image_size
 from litvit.training.optimizer import check_optimizer, create_optim
 from litvit.training.step_guard import StepGuard
 from litvit.training.tasks import create_task, token_grid
@@ -46,6 +46,8 @@ def build_trainer(config: Config) -> Trainer:
     if config.model.initial_checkpoint and resumed is None:
         load_weights(model, weights_file(config.model.initial_checkpoint), new_classifier=True)
         data.train.notes += _differences(config.model, data.classes)
+    if config.model.freeze is not None:
+        freeze_stages(model, config.model.freeze)
     model.to(processes.device)
     data_config = data_settings(config.model, model)
 
@@ -62,7 +64,8 @@ def build_trainer(config: Config) -> Trainer:
     if config.model.sync_bn and processes.distributed and processes.device.type == "cuda":  # torch has none for CPUs
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     smoothing = None if data.mixup else config.augment.smoothing
-    task = create_task(model, processes.device, labels, token_labels and token_labels.size, smoothing)
+    grid = token_labels and token_labels.size
+    task = create_task(model, processes.device, labels, grid, smoothing, data.class_weights())
     precision = config.precision
     if precision.model_ema:
         task.setup_ema(decay=precision.model_ema_decay, use_warmup=precision.model_ema_warmup)
@@ -78,7 +81,7 @@ def build_trainer(config: Config) -> Trainer:
         optimizer=optimizer,
         scheduler=scheduler,
         guard=StepGuard(task, optimizer, scaler, config.optim.clip_grad, processes.device),
-        description=_describe(config.model, data_config, data.num_classes, data.classes),
+        description={**_describe(config.model, data_config, data.num_classes, data.classes), **_describe_split(data)},
         rates=rates,
         epochs=epochs,
         autocast=precision.autocast(processes.device),
@@ -148,6 +151,11 @@ def _check_same_checkpoint(processes: Processes, resumed: dict[str, Any] | None,
     found = -1 if resumed is None else resumed["update"]
     if processes.distributed and processes.sum(found)[0] != found * processes.world_size:
         raise InputError(f"processes find different checkpoints in {folder}: all nodes must share --output")
+
+
+def _describe_split(data: TrainingData) -> dict[str, Any]:
+    """Return which images are held out to validate on, so that they are told from those that were trained on."""
+    return {} if data.held_out is None else {"val_fraction": data.config.val_fraction, "held_out": data.held_out}
 
 
 def _describe(

@@ -62,8 +62,8 @@ def _check(settings: argparse.Namespace) -> None:
     check_range(settings, FRACTIONS, 0, 1)
     for name in ("scale", "ratio"):
         low, high = getattr(settings, name)
-        if not 0 < low <= high:
-            raise InputError(f"--{name} is a low and a high value above 0, not {low} {high}")
+        if not 0 < low <= high < float("inf"):
+            raise InputError(f"--{name} is a low and a high value above 0, and finite, not {low} {high}")
     if settings.smoothing == 1:
         raise InputError("--smoothing must be below 1: all classes would have the same probability")
     try:
@@ -78,6 +78,8 @@ def _check(settings: argparse.Namespace) -> None:
     if settings.token_label_data and not settings.token_label:
         raise InputError("--token-label-data is of no use without --token-label: leave it out, or add that")
     if settings.token_label:
+        if settings.class_weights:
+            raise InputError("--class-weights weighs the classes of images, not of tokens: leave it out")
         if mixing:
             raise InputError("token labels have a mixing of their own: --mixup 0 --cutmix 0, or --no-token-label")
         if settings.token_label_data is None:

@@ -81,15 +81,16 @@ def add_precision_flags(parser: argparse.ArgumentParser, training: bool = True) 
 POSITIVE = (
     *("batch_size", "val_batch_size", "grad_accum_steps", "epochs", "num_classes", "img_size", "in_chans"),
     *("train_num_samples", "val_num_samples", "log_interval", "lr_base_size", "recount", "token_label_size", "dry_run"),
+    "patience",
 )
 NOT_NEGATIVE = (
     *("seed", "workers", "warmup_epochs", "cooldown_epochs", "aug_repeats", "weight_decay", "mixup", "cutmix"),
-    *("clip_grad", "layer_decay", "offset_lr_scale", "lr", "lr_base", "min_lr", "warmup_lr"),
-    *("dense_weight", "cls_weight"),
+    *("clip_grad", "offset_lr_scale", "lr", "lr_base", "min_lr", "min_lr_base", "warmup_lr", "warmup_lr_base"),
+    *("dense_weight", "cls_weight", "color_jitter", "opt_eps", "mixup_off_epoch", "split_seed", "freeze"),
 )
 FRACTIONS = (
     *("drop", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing"),
-    *("max_unreadable", "model_ema_decay"),
+    *("max_unreadable", "model_ema_decay", "layer_decay", "momentum", "val_fraction"),
 )
 
 
@@ -98,8 +99,9 @@ def check_range(settings: argparse.Namespace, names: Sequence[str], low: float, 
     for name in names:
         setting = getattr(settings, name, None)
         for value in setting if isinstance(setting, list | tuple) else (setting,):
-            if value is not None and not low <= value <= (high if high is not None else float("inf")):
+            if value is not None and not (low <= value <= (high if high is not None else value) < float("inf")):
                 limits = f"between {low} and {high}" if high is not None else f"at least {low}"
+                limits += ", and finite" if value == float("inf") else ""
                 raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,9 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
+from timm.models import group_parameters
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import litvit  # noqa: F401 - registers the project's models with timm
 from litvit.checkpoints import count_classes, load_weights
@@ -86,6 +89,9 @@ class ModelConfig:
     pretrained: bool = setting(False, None, "the published weights of the model, of ours or of timm's")
     initial_checkpoint: str | None = setting(
         None, "FILE", "weights to start from, a run, a file or a link, for any classes or image channels", training=True
+    )
+    freeze: int | None = setting(
+        None, "N", "patch embedding and first N stages (blocks of a model without) that are not trained", training=True
     )
     grad_checkpointing: bool = setting(False, None, "recompute blocks in the backward pass: less memory", training=True)
     sync_bn: bool = setting(False, None, "BatchNorm statistics over all GPUs", training=True)
@@ -212,6 +218,33 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
     if isinstance(model, Backbone) and (least := min(to_2tuple(config.img_size or stride))) < stride:
         raise InputError(f"images must have {stride} pixels or more per side, not --img-size {least}")
     return model
+
+
+def freeze_stages(model: nn.Module, number: int) -> None:
+    """Freeze the patch embedding and the first stages of a model; of one without stages, the first blocks.
+
+    Args:
+        model: Model with timm's `group_matcher`.
+        number: Number of stages; 0 for the patch embedding alone.
+
+    Raises:
+        InputError: the model has not so many stages, or does not say what they are.
+    """
+    if not hasattr(model, "group_matcher"):
+        raise InputError(f"--freeze {number}: {type(model).__name__} has no group_matcher that names its stages")
+    stem, *stages, _ = group_parameters(model, model.group_matcher(coarse=True)).values()  # the last is the head
+    if number > len(stages):
+        raise InputError(f"--freeze {number}: the model has {len(stages)} stages")
+    frozen = set(itertools.chain(stem, *stages[:number]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def keep_frozen(model: nn.Module) -> None:
+    """Put the BatchNorms of frozen stages of a model in training mode back to evaluation: statistics stay."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(part.requires_grad for part in module.parameters()):
+            module.eval()
 
 
 def find_weights(source: str) -> tuple[str | None, dict[str, Any]]:

@@ -14,9 +14,12 @@ import yaml
 from timm.models import is_model, model_entrypoint
 
 from litvit.cli import import_modules, model_name
+from litvit.data.readers import DataConfig, open_train_and_val
 from litvit.errors import InputError
 from litvit.runs.folder import SETTINGS, holds_run, resumed_folder
+from litvit.settings import take
 from litvit.training.config import Config
+from litvit.training.fitting import choose_settings, describe_choices
 from litvit.training.flags import build_parser
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -119,6 +122,28 @@ def _recipe_value(path: Path, action: argparse.Action, value: Any) -> Any:
     return values if many else values[0]
 
 
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the settings that the command line names itself."""
+    unset = object()
+    names = argparse.Namespace(**dict.fromkeys((action.dest for action in parser._actions), unset))
+    return {name: value for name, value in vars(parser.parse_args(argv, names)).items() if value is not unset}
+
+
+def _fit(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, settings: argparse.Namespace, given: dict[str, Any]
+) -> argparse.Namespace:
+    """Return the settings with those that neither recipe nor command line give chosen by the number of images."""
+    train, _, _ = open_train_and_val(take(DataConfig, vars(settings)))
+    if not len(train):
+        raise InputError("--fit-to-data needs the number of training images: --train-num-samples N")
+    has_weights = bool(settings.pretrained or settings.initial_checkpoint)
+    choices = choose_settings(len(train), has_weights, given)
+    parser.set_defaults(**{name: value for choice in choices for name, value in choice.settings.items()} | given)
+    settings = parser.parse_args(argv)
+    settings.chosen = describe_choices(choices, given, len(train), has_weights)
+    return settings
+
+
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -175,13 +200,18 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         path = resumed_folder(flags.resume, flags.output) / SETTINGS
     if path is None and flags.model:
         path = _recipe_of(flags.model)
-    if path is not None:
-        parser.set_defaults(**load_recipe(path, parser))
+    recipe = load_recipe(path, parser) if path is not None else {}
+    parser.set_defaults(**recipe)
+    given = _given(parser, argv)
+    if "epochs" in given and "cooldown_epochs" not in given:
+        parser.set_defaults(cooldown_epochs=0)  # the recipe's comes after the recipe's own epochs
     settings = parser.parse_args(argv)
     settings.config = str(path) if path else None
     if settings.model is None:
         raise InputError("which model? --model NAME, or a recipe with a line `model: NAME`")
     import_modules(settings.imports)
     model_name(settings.model)
+    if settings.fit_to_data and settings.resume in (None, "auto"):
+        settings = _fit(parser, argv, settings, recipe | given)
     settings.model_kwargs = dict(settings.model_kwargs)
     return Config.from_flat(vars(settings))

@@ -1,10 +1,12 @@
 """Training with token labels: which models can, and the task with mix token that LVT is trained with."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data.mixup import rand_bbox
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import ClassificationTask
@@ -113,12 +115,33 @@ class TokenLabelTask(ClassificationTask):
         }
 
 
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy with a weight per class, averaged over the batch's images.
+
+    Args:
+        weights: Weight of each class.
+        smoothing: Label smoothing of targets that are classes.
+    """
+
+    def __init__(self, weights: Sequence[float], smoothing: float = 0.0):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(weights))
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of logits (B, C) and targets (B,), or soft targets (B, C)."""
+        if target.dim() == 1:  # torch would divide by the weights of the batch, which differ between processes
+            target = F.one_hot(target, logits.shape[1])
+        return F.cross_entropy(logits, target.to(logits.dtype), self.weight, label_smoothing=self.smoothing)
+
+
 def create_task(
     model: nn.Module,
     device: torch.device,
     labels: TokenLabelConfig,
     size: tuple[int, int] | None,
     smoothing: float | None,
+    class_weights: Sequence[float] | None = None,
 ) -> ClassificationTask:
     """Join a model with its loss.
 
@@ -128,7 +151,11 @@ def create_task(
         labels: Weights of the losses with token labels.
         size: Height and width of the grid of token labels, None to train with classes.
         smoothing: Label smoothing, None for targets that are soft already.
+        class_weights: Weight of each class in the loss, None for 1 each.
     """
+    if size is None and class_weights:
+        criterion = WeightedCrossEntropy(class_weights, smoothing or 0.0)
+        return ClassificationTask(model, criterion, device=device, verbose=False)
     if size is None:
         criterion = {"smoothing": smoothing or 0.0, "soft_targets": smoothing is None}
         return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)

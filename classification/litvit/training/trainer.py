@@ -32,7 +32,7 @@ from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
 from litvit.training.config import Config
 from litvit.training.evaluate import evaluate
-from litvit.training.model import pretrained_source
+from litvit.training.model import keep_frozen, pretrained_source
 from litvit.training.step_guard import Diverged, StepGuard, advice
 
 logger = logging.getLogger("litvit")
@@ -123,6 +123,12 @@ class Trainer:
         check_same_run(self.folder, state["settings"] | held, self._settings() | counts)
         theirs, ours = (description.get("classes") for description in (state["description"], self.description))
         check_class_numbers(ours, theirs, self.config.data.data_dir, f"those of {self.folder}")
+        theirs, ours = (set(held.get("held_out", ())) for held in (state["description"], self.description))
+        if theirs != ours:
+            raise InputError(
+                f"{self.folder} validates on other images than --val-fraction would hold out now, which differ by "
+                f"{len(theirs ^ ours)}, such as {min(theirs ^ ours)}: put its images back"
+            )
         try:
             self.task.load_checkpoint_state(state["state_dict"])
             if self.task.has_ema():
@@ -174,7 +180,7 @@ class Trainer:
             log_start(self)
             return 0
         status = 0
-        if self.progress.epoch < self.epochs:
+        if self.progress.epoch < self.epochs and not self.out_of_patience():
             self.folder.open(self._settings())
             set_up_logging(self.folder.path, primary)
             log_start(self)
@@ -200,8 +206,10 @@ class Trainer:
         status = 1  # of an exception
         try:
             with self.saver.signals:
-                while self.progress.epoch < self.epochs:
+                while self.progress.epoch < self.epochs and not self.out_of_patience():
                     self.run_epoch(report)
+            if self.progress.epoch < self.epochs:
+                logger.info("no better top1 since epoch %d: --patience ends the run", self.progress.best_epoch)
             status = 0
         except Interrupted:
             status = EXIT_INTERRUPTED
@@ -228,6 +236,15 @@ class Trainer:
         report.epoch(train_metrics, metrics, lr)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
 
+    def out_of_patience(self) -> bool:
+        """Whether validation was not better for `--patience` epochs. All processes go by the first one's."""
+        progress, patience = self.progress, self.config.run.patience
+        if patience is None:
+            return False
+        waited = progress.epoch - progress.best_epoch if self.processes.primary else 0
+        (waited,) = self.processes.sum(waited)
+        return waited >= patience
+
     def train_epoch(self, report: Report) -> float:
         """Train the rest of an epoch.
 
@@ -236,6 +253,8 @@ class Trainer:
         """
         progress, log_interval = self.progress, self.config.run.log_interval
         self.task.train()
+        if self.config.model.freeze is not None:
+            keep_frozen(self.task.get_trainable_module())
         self.train_batches.set_epoch(progress.epoch, progress.steps_in_epoch)
         if self.mixup is not None and self.config.augment.mixup_off_epoch:
             self.mixup.mixup_enabled = progress.epoch < self.config.augment.mixup_off_epoch
@@ -376,9 +395,11 @@ def log_start(trainer: Trainer) -> None:
         trainer.rates["warmup_lr"],
         trainer.rates["min_lr"],
     )
+    for note in config.run.chosen:
+        logger.info("%s", note)
     if config.run.cfg:
         logger.info("--cfg %s is not read: LVT's published settings are the model's defaults", config.run.cfg)
-    if progress.epoch >= trainer.epochs:
+    if progress.epoch >= trainer.epochs or trainer.out_of_patience():
         logger.info("this run has ended already")
     elif progress.step:
         logger.info("continuing at epoch %d, step %d", progress.epoch + 1, progress.steps_in_epoch + 1)

@@ -72,3 +72,20 @@ def test_it_reaches_loader_processes_that_are_started_afresh():
     register_augmentation(grey)
     augmentation = transform("grey").colours[0]
     assert pickle.loads(pickle.dumps(augmentation))(IMAGE).tobytes() == augmentation(IMAGE).tobytes()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["rand-foo", "rand-m9-mstd", "rand-m9-xyz5", "rand-tfoo", "original-foo", "augmix-q", "v1", "random", "rand-m9-"],
+)
+def test_unknown_policies_are_refused(policy):
+    with pytest.raises(InputError, match=f"--aa {policy}"):
+        TrainTransform(AugmentConfig(aa=policy), (3, 32, 32), [0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.5-mmax15-tweights", "original-mstd0.5", "v0r", "augmix-m5-w4"],
+)
+def test_policies_of_timm(policy):
+    TrainTransform(AugmentConfig(aa=policy), (3, 32, 32), [0.5] * 3, [0.5] * 3)

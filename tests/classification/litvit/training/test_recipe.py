@@ -228,3 +228,33 @@ def test_a_recipe_that_is_nested_too_deeply_is_one_line(tmp_path):
     (tmp_path / "deep.yaml").write_text("lr: " + 10000 * "[" + 10000 * "]")
     with pytest.raises(InputError, match="deep.yaml is not YAML: "):
         load_recipe(tmp_path / "deep.yaml", build_parser())
+
+
+def test_epochs_on_the_command_line_leave_out_the_recipes_cool_down():
+    flags = ["data", "--model", "lit_ti", "--warmup-epochs", "0"]
+    assert parse_config([*flags, "--epochs", "1"]).optim.cooldown_epochs == 0
+    assert parse_config([*flags, "--epochs", "1", "--cooldown-epochs", "2"]).optim.cooldown_epochs == 2
+    assert parse_config(flags).optim.cooldown_epochs == 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lr: .inf",
+        "lr: .nan",
+        "weight_decay: .inf",
+        "layer_decay: 7",
+        "momentum: 3",
+        "clip_grad: .inf",
+        "val_fraction: 2",
+        "min_lr_base: -1",
+        "scale: [0.5, .inf]",
+        "patience: 0",
+        "freeze: -1",
+        "color_jitter: -1",
+    ],
+)
+def test_numbers_that_no_run_can_have(tmp_path, line):
+    (tmp_path / "own.yaml").write_text(f"model: lit_ti\n{line}\n")
+    with pytest.raises(InputError, match=f"--{line.split(':')[0].replace('_', '-')} "):
+        parse_config(["data", "--config", str(tmp_path / "own.yaml")])

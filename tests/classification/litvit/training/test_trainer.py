@@ -841,3 +841,60 @@ def test_nohup_is_respected(flags, tmp_path):
         if "step 2/" in line:
             process.send_signal(signal.SIGHUP)
     assert process.wait() == 0
+
+
+@pytest.fixture
+def own_flags(digits, tmp_path, random_flags):
+    """A run that splits its images, freezes a stage, weighs classes and stops early."""
+    own = "--val-fraction 0.25 --freeze 1 --class-weights balanced --epochs 6 --patience 1 --seed 3 --exif-transpose"
+    return [str(digits / "train"), *random_flags, *own.split(), "--aug-repeats", "0", "--output", str(tmp_path)]
+
+
+def test_a_run_on_data_of_ones_own_resumes_exactly(own_flags, tmp_path, assert_same_weights, capsys):
+    assert run(*own_flags, "--experiment", "whole") == 0
+    assert "--patience ends the run" in capsys.readouterr().out
+    whole = torch.load(tmp_path / "whole" / CHECKPOINT, weights_only=True)
+    assert 1 < whole["epoch"] < 6
+    trainer = build_trainer(parse_config([*own_flags, "--experiment", "cut"]))
+    step = trainer.guard.step
+
+    def step_and_signal(loss):
+        loss = step(loss)
+        if trainer.progress.step + 1 == 3 * whole["epoch"] - 1:  # after the epoch that patience counts from
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    trainer.guard.step = step_and_signal
+    assert trainer.run() == EXIT_INTERRUPTED
+    assert run(*own_flags, "--experiment", "cut", "--resume", "auto") == 0
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    cut = torch.load(tmp_path / "cut" / CHECKPOINT, weights_only=True)
+    for name in ("epoch", "best_top1", "best_epoch", "description"):
+        assert cut[name] == whole[name]
+    assert len(cut["description"]["held_out"]) == 20
+    capsys.readouterr()
+    assert run(*own_flags, "--experiment", "cut", "--resume", "auto") == 0
+    assert "this run has ended already" in capsys.readouterr().out
+    assert run(*own_flags, "--experiment", "cut", "--resume", "auto", "--patience", 6) == 0
+    assert torch.load(tmp_path / "cut" / CHECKPOINT, weights_only=True)["epoch"] == 6
+
+
+def test_frozen_stages_do_not_change(own_flags, tmp_path):
+    trainer = build_trainer(parse_config([*own_flags, "--experiment", "run", "--epochs", "1"]))
+    before = {name: value.clone() for name, value in trainer.task.trainable_module.state_dict().items()}
+    assert trainer.run() == 0
+    after = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["state_dict"]
+    for name, value in before.items():
+        if name.startswith(("patch_embed", "stages.0")):
+            assert torch.equal(value, after[name]), name
+    assert not torch.equal(before["stages.1.blocks.0.mlp.fc1.weight"], after["stages.1.blocks.0.mlp.fc1.weight"])
+
+
+def test_a_run_whose_held_out_images_have_changed_is_not_continued(own_flags, digits_copy):
+    flags = [str(digits_copy / "train"), *own_flags[1:], "--experiment", "run", "--epochs", "1"]
+    assert run(*flags) == 0
+    held = read_description(Path(flags[flags.index("--output") + 1]) / "run" / BEST_WEIGHTS)["held_out"][0]
+    image = digits_copy / "train" / held
+    image.rename(image.with_name("renamed.png"))
+    with pytest.raises(InputError, match="validates on other images"):
+        run(*flags, "--resume", "auto", "--epochs", "2")
