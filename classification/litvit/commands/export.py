@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,7 +38,14 @@ from litvit.runtimes import (
 )
 from litvit.settings import take
 from litvit.training.blank_images import check_scores
-from litvit.training.flags import TRACEBACK_HELP, HelpFormatter, add_model_flags, check_range, parse_with_checkpoint
+from litvit.training.flags import (
+    CHECKPOINT_HELP,
+    TRACEBACK_HELP,
+    HelpFormatter,
+    add_model_flags,
+    check_range,
+    parse_with_checkpoint,
+)
 from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings
 
 COMPARED, CALIBRATED, DRAWN = 256, 128, 16  # images
@@ -49,14 +57,14 @@ LEAST_AGREEMENT = {"float32": 99.0}  # percent; others: 90
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What it leaves open comes from the checkpoint's own description, if it has one."""
     parser = ArgumentParser(
-        usage="%(prog)s --model NAME (--checkpoint FILE | --pretrained) --format FORMAT [flags]",
+        usage="%(prog)s --checkpoint WEIGHTS --format FORMAT [flags]",
         description="Write a classifier, or its dense maps, for another runtime. The file is run by that runtime and "
         "compared with the model on images before it gets its name, and its speed is told beside torch's.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE", help="weights, a file or a link: .safetensors, .pth, last.pth of a run")
+    add("--checkpoint", metavar="WEIGHTS", help=CHECKPOINT_HELP)
     add("--format", choices=FORMATS, default="onnx", help="onnx, openvino, torch-export, aoti (compiled), torchscript")
     add("--precision", choices=DTYPES, default="float32", help="float32, float16, bfloat16, int8 (onnx, openvino)")
     add("--output", metavar="FILE", help="file to write (the model's name in this folder); FILE.json describes it")
@@ -103,7 +111,7 @@ def _check(settings: argparse.Namespace) -> None:
     if settings.precision != "int8" and settings.calibration:
         raise InputError(f"--calibration is for --precision int8, not {settings.precision}")
     if settings.output is None:
-        settings.output = settings.model + kind.suffix
+        settings.output = re.split("[:/]", settings.model.rstrip("/"))[-1] + kind.suffix  # of hf-hub:OWNER/NAME: NAME
     output = Path(settings.output)
     if not output.parent.is_dir() or output.is_dir() or not output.name.endswith(kind.suffix):
         raise InputError(f"--output {output}: name a file *{kind.suffix} in an existing folder")

@@ -19,7 +19,7 @@ from litvit.data.readers import check_class_numbers, class_list
 from litvit.errors import InputError
 
 TEACHER = "teacher.json"  # describes the teacher, in the folder of the labels
-AGAIN = "remove it, and make_token_labels.py makes it again"
+AGAIN = "remove it, and litvit make-token-labels makes it again"
 
 
 class TokenLabels:
@@ -41,7 +41,7 @@ class TokenLabels:
         self.reader = images.dataset.reader
         self.shape: torch.Size | None = None
         if not self.folder.is_dir():
-            raise InputError(f"--token-label-data {folder}: no such folder; make_token_labels.py makes one")
+            raise InputError(f"--token-label-data {folder}: no such folder; litvit make-token-labels makes one")
         self._check_teacher(images)
         self._check_files(label_files(images))
         self.shape = self.read(0).shape
@@ -70,7 +70,7 @@ class TokenLabels:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise InputError(
-                f"no label file {self.folder / missing[0]}{more}: make_token_labels.py makes them, except for images "
+                f"no label file {self.folder / missing[0]}{more}: litvit make-token-labels makes them, except for images "
                 "that cannot be decoded; repair or remove these"
             )
 

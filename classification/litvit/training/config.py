@@ -84,7 +84,7 @@ def _check(settings: argparse.Namespace) -> None:
             raise InputError("token labels have a mixing of their own: --mixup 0 --cutmix 0, or --no-token-label")
         if settings.token_label_data is None:
             raise InputError(
-                "--token-label needs --token-label-data DIR (make_token_labels.py makes it), or --no-token-label"
+                "--token-label needs --token-label-data DIR (litvit make-token-labels makes it), or --no-token-label"
             )
         if settings.dataset:
             raise InputError(f"token labels belong to a folder or .tar: not with --dataset {settings.dataset}")

@@ -23,7 +23,9 @@ class TokenLabelConfig:
     """Training with soft labels of tokens."""
 
     token_label: bool = setting(False, None, "train with soft labels of tokens (lvt)")
-    token_label_data: str | None = setting(None, "DIR", "label files, <class>/<image name>.pt (make_token_labels.py)")
+    token_label_data: str | None = setting(
+        None, "DIR", "label files, <class>/<image name>.pt (litvit make-token-labels)"
+    )
     token_label_size: int | None = setting(None, "N", "tokens per side: --img-size / 32, and nothing else")
     mix_token: bool = setting(True, None, "paste a box of tokens from another image of the batch (on)")
     dense_weight: float = setting(0.5, "X", "weight of the tokens' loss")

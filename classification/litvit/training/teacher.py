@@ -169,7 +169,7 @@ def count_classes(images: Images, settings: argparse.Namespace) -> int:
 
     Args:
         images: Images to label.
-        settings: Flags of make_token_labels.py.
+        settings: Flags of litvit make-token-labels.
 
     Raises:
         InputError: the teacher knows other classes.

@@ -353,8 +353,8 @@ def changed(index, value):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (Path.unlink, "no label file {file}: make_token_labels.py"),
-        (lambda file: shutil.rmtree(file.parent), "no label file {file} and 7 more: make_token_labels.py"),
+        (Path.unlink, "no label file {file}: litvit make-token-labels"),
+        (lambda file: shutil.rmtree(file.parent), "no label file {file} and 7 more: litvit make-token-labels"),
         (holds_code, "{file} is a plain pickle or holds code"),
         (lambda file: file.write_bytes(b""), "{file} is empty"),
         (lambda file: file.write_bytes(file.read_bytes()[:300]), "{file} is no checkpoint, or a truncated one"),
