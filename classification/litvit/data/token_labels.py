@@ -70,8 +70,8 @@ class TokenLabels:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise InputError(
-                f"no label file {self.folder / missing[0]}{more}: litvit make-token-labels makes them, except for images "
-                "that cannot be decoded; repair or remove these"
+                f"no label file {self.folder / missing[0]}{more}: litvit make-token-labels makes them, except for "
+                "images that cannot be decoded; repair or remove these"
             )
 
     def read(self, index: int) -> Tensor:
