@@ -20,6 +20,11 @@ from litvit.demo_data import Settings, build
 CLASSIFICATION = Path(__file__).parents[1] / "classification"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; older torch reads it once
 
+# Under nohup, or in the background of a script, these are ignored, and what is tested would go on after them.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
 # A LIT-Ti in everything but size: it trains an epoch of the `digits` in a second or two.
 TINY = ["dims=(16,32,40,64)", "depths=(1,1,1,1)", "mlp_ratios=(2,2,2,2)"]
 
