@@ -38,6 +38,7 @@ from litvit.runtimes import (
 )
 from litvit.settings import take
 from litvit.training.blank_images import check_scores
+from litvit.training.classifier import Classifier, build_classifier
 from litvit.training.flags import (
     CHECKPOINT_HELP,
     TRACEBACK_HELP,
@@ -46,7 +47,7 @@ from litvit.training.flags import (
     check_range,
     parse_with_checkpoint,
 )
-from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings
+from litvit.training.model import ModelConfig, PrecisionConfig
 
 COMPARED, CALIBRATED, DRAWN = 256, 128, 16  # images
 ROUNDS = 5
@@ -69,7 +70,7 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=DTYPES, default="float32", help="float32, float16, bfloat16, int8 (onnx, openvino)")
     add("--output", metavar="FILE", help="file to write (the model's name in this folder); FILE.json describes it")
     add("--dense", action="store_true", help="write the maps of all stages, not the classifier")
-    add("--num-classes", type=int, metavar="N", help="classes of the checkpoint (what it says itself, or 1000)")
+    add("--num-classes", type=int, metavar="N", help="classes of the checkpoint (its own)")
     add(
         "--dynamic-batch",
         action=argparse.BooleanOptionalAction,
@@ -124,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, kind = take(ModelConfig, vars(settings)), FORMATS[settings.format]
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    model, data_config, num_classes = _build(settings, config)
+    classifier = _build(settings, config)
+    data_config = classifier.data_config
+    model = DenseMaps(classifier.model).eval() if settings.dense else classifier.model
     images = read_images(settings.images, data_config, config.decoder, COMPARED, "--images")
     if not settings.dynamic_batch:
         images = images[: len(images) // settings.batch_size * settings.batch_size]
@@ -136,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(calibration) < settings.batch_size:
             raise InputError(f"--calibration {settings.calibration} has {len(calibration)} images, too few for a batch")
     example = images[: 2 if settings.dynamic_batch else settings.batch_size]
-    metadata = _metadata(settings, data_config, num_classes)
+    metadata = _metadata(settings, classifier)
     outputs = [f"stage{i + 1}" for i in range(len(model(example)))] if settings.dense else ["logits"]
     export = Export(
         model,
@@ -171,17 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@torch.no_grad()
-def _build(settings: argparse.Namespace, config: ModelConfig) -> tuple[nn.Module, dict, int]:
-    """Return the model to export, the settings of its images, and its number of classes."""
-    num_classes = settings.num_classes or settings.description.get("num_classes") or 1000
-    model = build_trained_model(config, num_classes, settings.checkpoint, "--num-classes")
-    data_config = data_settings(config, model)
-    cpu = choose_device("cpu")
-    check_scores(model, config, PrecisionConfig(), data_config["input_size"], num_classes, cpu)
-    if settings.dense:
-        model = DenseMaps(model)
-    return model.eval().requires_grad_(False), data_config, num_classes
+def _build(settings: argparse.Namespace, config: ModelConfig) -> Classifier:
+    """Return the classifier to export."""
+    description = dict(settings.description)
+    if settings.num_classes is not None:
+        description["num_classes"] = settings.num_classes
+    classifier = build_classifier(config, settings.checkpoint, description, choose_device("cpu"))
+    model = classifier.model.requires_grad_(False)
+    size = classifier.data_config["input_size"]
+    check_scores(model, config, PrecisionConfig(), size, model.num_classes, classifier.device)
+    return classifier
 
 
 def read_images(folder: str | None, data_config: dict, decoder: Decoder, number: int, flag: str) -> Tensor:
@@ -270,7 +272,8 @@ def _speed(run: Run, model: nn.Module, images: Tensor, settings: argparse.Namesp
     return lines
 
 
-def _metadata(settings: argparse.Namespace, data_config: dict, num_classes: int) -> dict:
+def _metadata(settings: argparse.Namespace, classifier: Classifier) -> dict:
+    data_config = classifier.data_config
     metadata = {
         "model": settings.model,
         "format": settings.format,
@@ -285,7 +288,5 @@ def _metadata(settings: argparse.Namespace, data_config: dict, num_classes: int)
         "dynamic_size": settings.dynamic_size,
     }
     if not settings.dense:
-        metadata["num_classes"] = num_classes
-        if settings.description.get("classes"):
-            metadata["classes"] = settings.description["classes"]
+        metadata |= {"num_classes": classifier.model.num_classes, "classes": classifier.classes}
     return metadata

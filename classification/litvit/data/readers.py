@@ -486,8 +486,9 @@ def open_train_and_val(
         try:
             find_split(config.data_dir, config.val_split)
         except InputError as error:
-            hint = "; --val-fraction 0.2 validates on a fifth of train/" if os.path.isdir(config.data_dir) else ""
-            raise InputError(f"{error}{hint}") from error
+            if not os.path.isdir(config.data_dir):
+                raise
+            raise InputError(f"{error}; --val-fraction 0.2 validates on a fifth of train/") from error
     train = open_images(
         config, config.train_split, decoder=decoder, seed=seed, is_training=True, or_itself=not is_split
     )

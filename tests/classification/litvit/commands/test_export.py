@@ -56,6 +56,15 @@ def test_file_and_its_description(run, tiny, digits, tmp_path):
     torch.testing.assert_close(FORMATS["torchscript"].load(tmp_path / "lit_ti.pt", 1)(x)[0], tiny(x))
 
 
+def test_a_folder_for_the_hub(run_main, tiny, tmp_path, monkeypatch):
+    """It knows the model, its classes and its images. The file is named after it."""
+    monkeypatch.chdir(tmp_path)
+    timm.models.save_for_hf(tiny, tmp_path / "hub" / "digits", model_args={"img_size": 32, **KWARGS})
+    outcome = run_main(export, "--checkpoint", "hub/digits", "--format", "torchscript")
+    assert outcome.status == 0, outcome.err
+    assert json.loads((tmp_path / "digits.pt.json").read_text())["num_classes"] == 10
+
+
 def test_onnx_describes_itself(run, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
