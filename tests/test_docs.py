@@ -1,5 +1,6 @@
-"""The files on docs/extending.md run, by the commands on that page, and links in the pages lead to files."""
+"""Files and commands of docs/extending.md and of the README run, and links in the pages lead to files."""
 
+import importlib
 import os
 import re
 import runpy
@@ -13,9 +14,15 @@ import pytest
 import timm
 import torch
 import train
+from server import serve
+
+from litvit.__main__ import COMMANDS as LITVIT
+from litvit.demo_data import Settings, build
+from litvit.runs.folder import save_weights
 
 ROOT = Path(__file__).parents[1]
 CLASSIFICATION = ROOT / "classification"
+README = (ROOT / "README.md").read_text()
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("*/README.md")]
 FILES = {name: text for text, name in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", EXTENDING, re.DOTALL)}
@@ -122,6 +129,55 @@ def test_learning_rates_of_offsets(folder, file, output, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == output
 
 
+def test_from_a_picture_to_an_answer(digits, tmp_path, monkeypatch, run_main):
+    """The README's commands, on weights that a server has and 100 pictures of three classes, with small images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    torch.save({"model": timm.create_model("lit_s").state_dict()}, tmp_path / "lit_s.pth")
+    kwargs = {"dims": [16, 32, 40, 64], "depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]}
+    small = timm.create_model("lit_ti", num_classes=10, img_size=32, **kwargs)
+    description = {"model": "lit_ti", "model_kwargs": kwargs, "img_size": 32, "num_classes": 10}
+    save_weights(tmp_path / "lit_ti.safetensors", small.state_dict(), description)
+    build(tmp_path / "all", Settings(train_per_class=34, val_per_class=1, image_size=32))
+    for label, number in (("3", 34), ("4", 33), ("7", 33)):
+        (tmp_path / "PICTURES" / label).mkdir(parents=True)
+        for file in sorted((tmp_path / "all" / "train" / label).iterdir())[:number]:
+            shutil.copy(file, tmp_path / "PICTURES" / label)
+    shutil.copy(next((digits / "val" / "3").iterdir()), "image.png")
+    shutil.copytree(digits / "val" / "7", "folder")
+    with serve(tmp_path) as server:
+        places = {
+            "image.jpg": ["image.png"],
+            "lit_s.in1k": [f"{server.address}/lit_s.pth"],
+            "--pretrained": ["--initial-checkpoint", f"{server.address}/lit_ti.safetensors", "-j", "0"],
+        }
+        (block,) = re.findall(r"```bash\n([^`]*litvit predict[^`]*litvit compare.*?)```", README, re.DOTALL)
+        predicting, training, validation, comparison = (
+            [part for word in shlex.split(line, comments=True)[1:] for part in places.get(word, [word])]
+            for line in block.splitlines()
+            if line.startswith("litvit")
+        )
+        training += ["--epochs", "1"]
+        second = [word.replace("first", "second") for word in training]
+        outputs = []
+        for name, *arguments in (
+            predicting,
+            training,
+            [*second, "--class-weights", "balanced"],
+            validation,
+            [word.replace("first", "second") for word in validation],
+            comparison,
+        ):
+            outcome = run_main(importlib.import_module(LITVIT[name][0]), *arguments)
+            assert outcome.status == 0, outcome.err
+            outputs.append(outcome.out)
+    assert len(re.findall(r"^\S+\.png .*%", outputs[0], re.MULTILINE)) == 5
+    assert "chosen for 79 images and trained weights" in outputs[1]
+    assert '"images": 21' in outputs[3]
+    assert (tmp_path / "output/first/report/confusion.png").is_file()
+    assert "top1" in outputs[5]
+
+
 def anchors(page):
     """Return the anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
@@ -143,15 +199,14 @@ def test_links_lead_to_files_and_headings(page):
 def test_the_speed_table_is_that_of_the_report():
     """The README's ratios, images/s of the LITs and published ratios are those measured on the H100."""
     report = (ROOT / "docs/benchmarks/2026-11-26-h100.md").read_text()
-    readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| (LIT-\w+) / (\S+) \| (.*) \|$", readme, re.MULTILINE)
+    rows = re.findall(r"^\| (LIT-\w+) / (\S+) \| (.*) \|$", README, re.MULTILINE)
     assert len(rows) == 4
     for model, peer, cells in rows:
         inference, training, memory = (cell.replace(" x", "") for cell in cells.split(" | "))
         (row,) = re.findall(rf"^\| {model} / {peer} \| (.*) \|$", report, re.MULTILINE)
         speeds, *measured = row.split(" | ")
         assert [inference, training, memory] == [measured[0], measured[2], measured[4]]
-        (images,) = re.findall(rf"^\| {model} \|(?:[^|]*\|){{3}} (\d+) \|", readme, re.MULTILINE)
+        (images,) = re.findall(rf"^\| {model} \|(?:[^|]*\|){{3}} (\d+) \|", README, re.MULTILINE)
         assert images == speeds.split(" / ")[0]
 
 

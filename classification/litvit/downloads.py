@@ -82,7 +82,8 @@ def fetch(source: str | Path, folder: str | Path | None = None) -> Path:
     except HTTPError as error:
         raise InputError(f"cannot fetch {link}: {error}") from error
     except URLError as error:
-        raise InputError(f"cannot fetch {link}: {error.reason}") from error
+        instead = "without a network, name a file that was fetched elsewhere in its place"
+        raise InputError(f"cannot fetch {link}: {error.reason}; {instead}") from error
     except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             place = f"no space left in {file.parent.parent}: make room, or name another folder by TORCH_HOME"

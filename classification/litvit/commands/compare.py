@@ -87,7 +87,7 @@ def sign_test(lost: int, gained: int) -> float:
     """Return the probability that coins would differ at least as much: McNemar's test, two-sided, exact up to 1000."""
     number, fewer = lost + gained, min(lost, gained)
     if number > 1000:
-        return math.erfc((abs(lost - gained) - 1) / math.sqrt(2 * number))
+        return math.erfc(max(abs(lost - gained) - 1, 0) / math.sqrt(2 * number))
     return min(1.0, 2 * sum(math.comb(number, i) for i in range(fewer + 1)) / 2**number)
 
 

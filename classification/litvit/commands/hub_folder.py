@@ -34,6 +34,7 @@ METRICS = {"eval_top5": ("accuracy", "top-5", 100), "eval_loss": ("loss", "loss"
 RECIPE = (
     *("epochs", "batch_size", "grad_accum_steps", "opt", "lr", "lr_base", "weight_decay", "sched", "warmup_epochs"),
     *("drop_path", "aa", "mixup", "cutmix", "smoothing", "model_ema", "token_label", "seed"),
+    *("clip_grad", "layer_decay", "freeze", "class_weights", "patience", "scale", "reprob", "fit_to_data"),
     *("pretrained", "initial_checkpoint"),
 )
 CITATIONS = {
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise InputError(f"cannot make {args.folder}: {error.strerror or error}") from error
     print(f"{args.folder}: timm.create_model('local-dir:{args.folder}', pretrained=True) loads it, after import litvit")
+    print(f"{args.folder / 'README.md'} says that the licence of the weights is {args.license} (--license)")
     if args.push:
         try:
             api = HfApi()
@@ -131,7 +133,7 @@ def make_folder(
     data_config["input_size"] = (about["in_chans"], *(size if isinstance(size, list) else (size, size)))
     names = {"label_names": about["classes"]} if about.get("classes") else {}
     save_for_hf(model, folder, model_config=names, safe_serialization=True, data_config=data_config)
-    shutil.copyfile(weights, folder / "model.safetensors")  # the same weights, with their description
+    shutil.copy(weights, folder / "model.safetensors")  # the same weights, with their description
     path = folder / "config.json"
     configuration = json.loads(path.read_text())
     # timm reads the number of classes from beside the arguments, and transformers refuses it among them.
@@ -183,6 +185,8 @@ def _card(
         "model-index": [{"name": repository or name, "results": [result]}],
     }
     shown = {key: settings[key] for key in RECIPE if settings.get(key) not in (None, False)}
+    if "lr" in shown:
+        shown.pop("lr_base", None)  # it is not in effect
     recipe = "\n".join(f"| `{key}` | {value} |" for key, value in shown.items())
     measured = "\n".join(f"| {metric['name']} | {metric['value']} |" for metric in metrics)
     modules = [*(["litvit"] if isinstance(model, Backbone) else []), *settings.get("imports", ())]

@@ -194,6 +194,7 @@ def _write_report(
         return images.decoder(images.open(index)[0])
 
     try:
+        (folder / RESULT).unlink(missing_ok=True)  # an older report's: it is written last
         write_report(folder, predicted, classes, names, open_image)
     except OSError as error:
         raise InputError(f"cannot write the report to {folder}: {error.strerror or error}") from error

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from litvit.data.pixels import Decoder
 
@@ -31,7 +31,8 @@ def shrink(image: Image.Image) -> Image.Image:
     factor = SIDE // max(image.size)
     if factor > 1:
         return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    return ImageOps.contain(image, (SIDE, SIDE))
+    width, height = (max(round(side * SIDE / max(image.size)), 1) for side in image.size)
+    return image.resize((width, height))
 
 
 def contact_sheet(cells: Sequence[tuple[Image.Image, Sequence[Line]]]) -> Image.Image:

@@ -304,7 +304,7 @@ class TrainingData:
             return None
         counts = class_counts(self.train, self.num_classes)
         mean = sum(counts) / sum(count > 0 for count in counts)
-        return [mean / max(count, 1) for count in counts]
+        return [mean / count if count else 0.0 for count in counts]
 
     def batches(
         self, data_config: dict, processes: Processes, accum_steps: int = 1, token_labels: TokenLabels | None = None

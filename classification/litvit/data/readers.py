@@ -100,7 +100,8 @@ def find_split(root: str, split: str, *, or_itself: bool = False) -> Path:
     )
     if or_itself and not has_other_splits and any(entries.values()):
         return folder
-    raise InputError(f"{root} has neither {split}/ nor {split}.tar; it holds {', '.join(list(entries)[:5])}")
+    layout = "; classes are folders of images" if or_itself and not has_other_splits else ""
+    raise InputError(f"{root} has neither {split}/ nor {split}.tar; it holds {', '.join(list(entries)[:5])}{layout}")
 
 
 def _named_split(root: str, split: str) -> Path | None:
@@ -334,6 +335,7 @@ def _only_held_out(images: Images, names: Collection[str]) -> Images:
     reader, names = images.dataset.reader, set(names)
     indices = [index for index in range(len(reader)) if reader.filename(index) in names]
     if not indices:
+        images.notes.append(f"none of the {len(names)} images that the training held out are here: all are evaluated")
         return images
     part = Images(ImageDataset(str(reader.root), reader=_Part(reader, indices)), images.seed, images.decoder)
     gone = f", {len(names) - len(indices)} of them are gone" if len(indices) < len(names) else ""

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from PIL import Image
+from timm.utils.distributed import world_info_from_env
 
 from litvit.data.listing import image_suffixes, natural_order
 from litvit.data.readers import choose_names
@@ -65,10 +66,11 @@ def complete(cfg: Config) -> list[str]:
     detects = cfg.get("default_scope", "mmdet") == "mmdet"
     num_images, notes = (_complete_detector if detects else _complete_segmentor)(cfg, root, settings)
     _set_weights(cfg, settings.get("weights"))
-    length = settings.get("iterations") or iterations(num_images, cfg.train_dataloader.batch_size)
+    total_batch = cfg.train_dataloader.batch_size * world_info_from_env()[2]
+    length = settings.get("iterations") or iterations(num_images, total_batch)
     _set_schedule(cfg, length)
     chosen = "given" if settings.get("iterations") else f"chosen for {num_images} training images"
-    return [*notes, f"{length} iterations of {cfg.train_dataloader.batch_size} images, {chosen}"]
+    return [*notes, f"{length} iterations of {total_batch} images, {chosen}"]
 
 
 def _set_schedule(cfg: Config, length: int) -> None:
@@ -166,7 +168,8 @@ def _annotation_file(root: Path, split: str) -> Path:
     if len(instances) == 1:
         return instances[0]
     if len(found) != 1:
-        what = f"{len(found)} annotation files for {split}, {some(map(str, found))}" if found else "none"
+        what = f"{len(found)} annotation files for {split}" if found else f"no annotation file for {split}"
+        what += f" ({some(map(str, found))})" if found else ""
         raise InputError(
             f"{root} has {what}: name it like {split}.json or annotations/instances_{split}.json, or set "
             f"--cfg-options own_data.{split}=FILE"

@@ -113,7 +113,11 @@ class MLflow:
             self.id = run.info.run_id
         known = run.data.params  # they cannot be changed
         simple = {name: str(_simple(value))[:MLFLOW_VALUE] for name, value in settings.items() if name not in known}
-        mlflow.log_params(simple)
+        try:
+            mlflow.log_params(simple)
+        except Exception:
+            mlflow.end_run("FAILED")  # else it cannot be started again
+            raise
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.mlflow.log_metrics(values, step=step)

@@ -17,7 +17,7 @@ from litvit.runs.folder import RunFolder, read_description, weights_file
 from litvit.runs.loggers import check_loggers
 from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
-from litvit.training.model import ModelConfig, build_model, data_settings, freeze_stages, image_size
+from litvit.training.model import ModelConfig, build_model, data_settings, freeze_stages, image_size, named_weights
 from litvit.training.optimizer import check_optimizer, create_optim
 from litvit.training.step_guard import StepGuard
 from litvit.training.tasks import create_task, token_grid
@@ -44,7 +44,9 @@ def build_trainer(config: Config) -> Trainer:
     start = config.model if resumed is None else replace(config.model, pretrained=False)
     model = build_model(start, data.num_classes)
     if config.model.initial_checkpoint and resumed is None:
-        load_weights(model, weights_file(config.model.initial_checkpoint), new_classifier=True)
+        weights = weights_file(config.model.initial_checkpoint)
+        with named_weights(weights, config.model.model):
+            load_weights(model, weights, new_classifier=True)
         data.train.notes += _differences(config.model, data.classes)
     if config.model.freeze is not None:
         freeze_stages(model, config.model.freeze)

@@ -41,11 +41,13 @@ class Classifier:
     device: torch.device
 
     @torch.inference_mode()
-    def predict(self, images: Sequence[str | Path | Image.Image], k: int = 5) -> list[list[tuple[str, float]]]:
+    def predict(
+        self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image], k: int = 5
+    ) -> list[list[tuple[str, float]]]:
         """Label images, all in one batch.
 
         Args:
-            images: Files or Pillow images.
+            images: Files or Pillow images, or a single one.
             k: Number of classes per image.
 
         Returns:
@@ -54,6 +56,8 @@ class Classifier:
         Raises:
             InputError: an image that cannot be read.
         """
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
         if not images:
             return []
         inputs = torch.stack([self._input(image) for image in images]).to(self.device)
@@ -87,6 +91,8 @@ def load(source: str | Path, *, device: str | None = None, **settings: Any) -> C
         InputError: there is no such thing, or a file that does not say what its model is.
     """
     file, description = find_weights(str(source))
+    if file is None and settings.get("model", description["model"]) != description["model"]:
+        raise InputError(f"the weights of {description['model']} are not those of {settings['model']}: leave out model")
     kwargs = {name: value for name, value in description.get("model_kwargs", {}).items() if name != "img_size"}
     known = {part.name: description[part.name] for part in fields(ModelConfig) if part.name in description}
     config = ModelConfig(**known | {"model_kwargs": kwargs} | settings)

@@ -264,14 +264,35 @@ def find_weights(source: str) -> tuple[str | None, dict[str, Any]]:
     path = Path(source).expanduser()
     if is_link(source) or path.exists():
         if (path / "config.json").is_file():
+            weights = path / "model.safetensors"  # those of `litvit hub-folder` know more than config.json
+            if weights.is_file() and (description := _described(str(weights))).get("model"):
+                return str(weights), description
             return None, {"model": f"{HUB_SOURCES[0]}{path}"}
         file = weights_file(source)
-        return file, read_description(file)
+        return file, _described(file)
     if source.startswith(HUB_SOURCES) or timm.is_model(source):
         return None, {"model": source}
-    near = difflib.get_close_matches(source, timm.list_models(), n=1, cutoff=0.7)
-    hint = f"; did you mean the model {near[0]}?" if near else ""
+    try:
+        beside = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        beside = []
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    near = [str(path.parent / name) for name in near] or difflib.get_close_matches(
+        source.partition(".")[0], timm.list_models(), n=1, cutoff=0.7
+    )
+    hint = f"; did you mean {near[0]}?" if near else " (a run's folder, a file, a link, or a name such as lit_s.in1k)"
     raise InputError(f"no checkpoint at {source}{hint}")
+
+
+def _described(file: str) -> dict[str, Any]:
+    """Return the description of weights. One that would have timm read other files than these is refused."""
+    description = read_description(file)
+    elsewhere = {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+    found = elsewhere & description.get("model_kwargs", {}).keys()
+    name = str(description.get("model", ""))
+    if found or ":" in name:
+        raise InputError(f"{file} says that its model is read from elsewhere ({', '.join(sorted(found)) or name})")
+    return description
 
 
 @contextlib.contextmanager

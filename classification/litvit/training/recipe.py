@@ -21,7 +21,9 @@ from litvit.settings import take
 from litvit.training.config import Config
 from litvit.training.fitting import choose_settings, describe_choices
 from litvit.training.flags import build_parser
+from litvit.training.model import find_weights
 
+WEIGHTS_KNOW = ("model", "img_size", "in_chans", "exif_transpose", "crop_pct", "interpolation", "mean", "std")
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_OF = {"lvt_cls": "lvt"}  # a model's name in old commands
 ONLY_ON_THE_COMMAND_LINE = ("data_dir", "config", "cfg", "resume", "dry_run", "help", "traceback")
@@ -129,6 +131,16 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[
     return {name: value for name, value in vars(parser.parse_args(argv, names)).items() if value is not unset}
 
 
+def _known_of_weights(source: str, model: str | None) -> dict[str, Any]:
+    """Return the settings that weights know of their model and its images, {} for another model than theirs."""
+    description = find_weights(source)[1]
+    if "model" not in description or model not in (None, description["model"]):
+        return {}
+    known = {name: description[name] for name in WEIGHTS_KNOW if name in description}
+    kwargs = {name: value for name, value in description.get("model_kwargs", {}).items() if name != "img_size"}
+    return known | {"model_kwargs": list(kwargs.items())}
+
+
 def _fit(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, settings: argparse.Namespace, given: dict[str, Any]
 ) -> argparse.Namespace:
@@ -137,7 +149,7 @@ def _fit(
     if not len(train):
         raise InputError("--fit-to-data needs the number of training images: --train-num-samples N")
     has_weights = bool(settings.pretrained or settings.initial_checkpoint)
-    choices = choose_settings(len(train), has_weights, given)
+    choices = choose_settings(len(train), has_weights, given, settings.dry_run)
     parser.set_defaults(**{name: value for choice in choices for name, value in choice.settings.items()} | given)
     settings = parser.parse_args(argv)
     settings.chosen = describe_choices(choices, given, len(train), has_weights)
@@ -195,12 +207,22 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """
     parser = build_parser()
     flags = parser.parse_args(argv)
+    known = {}
+    if flags.initial_checkpoint and flags.resume in (None, "auto"):
+        try:
+            known = _known_of_weights(flags.initial_checkpoint, flags.model)
+        except InputError:
+            if flags.resume is None:
+                raise  # a run that is continued needs them no more
+        flags.model = flags.model or known.get("model")
     path = find_recipe(flags.config) if flags.config is not None else None
     if path is None and flags.resume and flags.resume != "auto":
         path = resumed_folder(flags.resume, flags.output) / SETTINGS
     if path is None and flags.model:
         path = _recipe_of(flags.model)
     recipe = load_recipe(path, parser) if path is not None else {}
+    if known:  # of what the weights know, the recipe may choose all but the model
+        recipe = known | recipe | {name: known[name] for name in ("model", "model_kwargs") if name in known}
     parser.set_defaults(**recipe)
     given = _given(parser, argv)
     if "epochs" in given and "cooldown_epochs" not in given:

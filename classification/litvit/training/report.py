@@ -150,8 +150,9 @@ def write_report(
     """
     confusion = predicted.confusion(len(classes))
     write_csv(folder / PER_CLASS, COLUMNS, per_class(predicted, classes))
-    header = ("class", *(f"{i} {name}" for i, name in enumerate(classes)))  # columns of one name are two columns
-    counts = zip(classes, confusion.tolist(), strict=True)
+    numbered = [f"{i} {name}" for i, name in enumerate(classes)]  # columns of one name are two columns
+    header = ("class", *numbered)
+    counts = zip(numbered, confusion.tolist(), strict=True)
     rows = [dict(zip(header, (name, *row), strict=True)) for name, row in counts]
     write_csv(folder / f"{CONFUSION}.csv", header, rows)
     figure = plot_confusion(confusion, classes)

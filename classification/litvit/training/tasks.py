@@ -118,7 +118,10 @@ class TokenLabelTask(ClassificationTask):
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Cross-entropy with a weight per class, averaged over the batch's images.
+    """Cross-entropy with a weight per image, that of its class, averaged over the batch's images.
+
+    torch's weights would multiply the smoothed label of every class with its own weight, and rare classes would take
+    the images of frequent ones.
 
     Args:
         weights: Weight of each class.
@@ -132,9 +135,11 @@ class WeightedCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of logits (B, C) and targets (B,), or soft targets (B, C)."""
-        if target.dim() == 1:  # torch would divide by the weights of the batch, which differ between processes
+        if target.dim() == 1:
             target = F.one_hot(target, logits.shape[1])
-        return F.cross_entropy(logits, target.to(logits.dtype), self.weight, label_smoothing=self.smoothing)
+        target = target.to(logits.dtype)
+        losses = F.cross_entropy(logits, target, label_smoothing=self.smoothing, reduction="none")
+        return (losses * (target @ self.weight.to(target.dtype))).mean()
 
 
 def create_task(

@@ -209,7 +209,7 @@ class Trainer:
                 while self.progress.epoch < self.epochs and not self.out_of_patience():
                     self.run_epoch(report)
             if self.progress.epoch < self.epochs:
-                logger.info("no better top1 since epoch %d: --patience ends the run", self.progress.best_epoch)
+                logger.info("no better top1 since epoch %d: --patience %d ends the run", *self._patience())
             status = 0
         except Interrupted:
             status = EXIT_INTERRUPTED
@@ -244,6 +244,15 @@ class Trainer:
         waited = progress.epoch - progress.best_epoch if self.processes.primary else 0
         (waited,) = self.processes.sum(waited)
         return waited >= patience
+
+    def _patience(self) -> tuple[int, int | None]:
+        return self.progress.best_epoch, self.config.run.patience
+
+    def how_to_go_on(self) -> str:
+        """Return what a run that has ended would need to continue."""
+        if self.progress.epoch >= self.epochs:
+            return f"more epochs than --epochs {self.progress.epoch} continue it"
+        return "no better top1 since epoch {}: more than --patience {} continues it".format(*self._patience())
 
     def train_epoch(self, report: Report) -> float:
         """Train the rest of an epoch.
@@ -395,12 +404,18 @@ def log_start(trainer: Trainer) -> None:
         trainer.rates["warmup_lr"],
         trainer.rates["min_lr"],
     )
+    if config.model.freeze is not None:
+        frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        logger.info("--freeze %d: %.2f M parameters are not trained", config.model.freeze, frozen / 1e6)
+    if config.augment.class_weights:
+        weights = trainer.task.criterion.weight
+        logger.info("class weights from %.2f to %.2f", weights.min(), weights.max())
     for note in config.run.chosen:
         logger.info("%s", note)
     if config.run.cfg:
         logger.info("--cfg %s is not read: LVT's published settings are the model's defaults", config.run.cfg)
     if progress.epoch >= trainer.epochs or trainer.out_of_patience():
-        logger.info("this run has ended already")
+        logger.info("this run has ended already: %s", trainer.how_to_go_on())
     elif progress.step:
         logger.info("continuing at epoch %d, step %d", progress.epoch + 1, progress.steps_in_epoch + 1)
     elif config.model.pretrained or config.model.initial_checkpoint:
