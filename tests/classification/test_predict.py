@@ -168,7 +168,7 @@ def test_load_gives_model_transform_and_classes(digits, tiny, run, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("lit_ss", "no checkpoint at lit_ss; did you mean the model lit_s"),
+        ("lit_ss", "no checkpoint at lit_ss; did you mean lit_s"),
         ("lit_s.mine", "lit_s.mine: Invalid pretrained tag"),
         ("{tmp}", "is a folder without the weights of a run"),
         ("{tmp}/none.pth", "no checkpoint at .*none.pth"),

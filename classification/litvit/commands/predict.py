@@ -208,7 +208,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Label images as the command line says. Returns 0, or 2 if some could not be read."""
     settings = parse_settings(argv)
     names, problems = find_images(settings.images)
-    names = list(dict.fromkeys(names))  # '**' names folders and what is in them
     if not names:
         raise InputError("; ".join(problems))
     sheets = _Sheets(settings.out) if settings.out else None

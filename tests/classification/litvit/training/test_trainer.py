@@ -405,7 +405,9 @@ def test_an_initial_checkpoint_of_other_images_is_told(digits_copy, tmp_path, ti
     for split in ("train", "val"):
         (digits_copy / split / "0").rename(digits_copy / split / "ant")
     weights = tmp_path / "first" / BEST_WEIGHTS
-    out = run_main(train, digits_copy, *flags, "--initial-checkpoint", weights, "--dry-run").out
+    start = [digits_copy, "--initial-checkpoint", weights, "--dry-run"]
+    assert "were trained with" not in run_main(train, *flags, *start).out
+    out = run_main(train, *flags, *start, "--no-exif-transpose").out
     assert f"train: the classifier of {weights} starts with other classes: number 0 was 0, is 1" in out
     assert f"train: the weights of {weights} were trained with --exif-transpose" in out
 
