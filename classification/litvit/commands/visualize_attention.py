@@ -41,7 +41,10 @@ COLUMNS = (
     *("stage", "block", "pass", "head", "distance_px", "entropy_nats"),
     *("uniform_distance_px", "uniform_entropy_nats"),
 )
-SHOWN = ("stage", "block", "pass", "heads", "distance_px", "lowest", "highest", "uniform_px", "entropy", "uniform")
+SHOWN = (
+    *("stage", "block", "pass", "heads", "distance_px", "lowest", "highest", "uniform_px"),
+    *("entropy_nats", "uniform_nats"),
+)
 
 
 def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot_measures(averages.maps).savefig(folder / PLOT)
     except OSError as error:
         raise InputError(f"cannot write maps to '{folder}': {error.strerror or error}") from error
-    print(format_table(summary(averages.maps), SHOWN))
+    print(format_table(summary(averages.maps), SHOWN, digits=2))
     seen = averages.maps[0].images
     print(f"{count} maps of {seen} images, {TABLE} and {PLOT} in {folder} ({time.perf_counter() - start:.1f} s)")
     return EXIT_INPUT_ERROR if problems or seen < len(images) else 0
@@ -144,8 +147,8 @@ def summary(maps: Sequence[AttentionMap]) -> list[Row]:
             "lowest": found.distance.min().item(),
             "highest": found.distance.max().item(),
             "uniform_px": found.uniform_distance,
-            "entropy": f"{found.entropy.mean().item():.2f}",
-            "uniform": None if found.uniform_entropy is None else f"{found.uniform_entropy:.2f}",
+            "entropy_nats": found.entropy.mean().item(),
+            "uniform_nats": found.uniform_entropy,
         }
         for found in maps
     ]
@@ -221,7 +224,7 @@ def plot_measures(maps: Sequence[AttentionMap]) -> Figure:
                 axes.plot(places, uniform, "_", color="grey", markersize=12)
         axes.plot([], [], "_", color="grey", markersize=12, label="uniform attention")
         axes.set_xticks(range(len(maps)), names, rotation=90)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_xlabel("stage.block" + (" (pass)" if many else ""))
     axes.legend()
     return figure

@@ -1,13 +1,16 @@
 """Plot where LIT's deformable token merging looks: the 64 image locations that each token of the last stage reads.
 
 litvit visualize-offset --model lit_ti --resume lit_ti.pth --vis_image visualization/demo.JPEG
+litvit visualize-offset --checkpoint lit_ti.in1k --statistics /imagenet
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.layers import to_2tuple
 from timm.models import create_model
@@ -17,16 +20,20 @@ from torchvision.transforms.functional import normalize, to_tensor
 from litvit import cli
 from litvit.checkpoints import load_weights
 from litvit.data.dataset import unreadable
+from litvit.data.loader import sample_batches
 from litvit.data.pixels import Decoder
-from litvit.dtm.offsets import merging_modules, predict_offsets, sampling_locations, save_plots
+from litvit.data.readers import open_sample
+from litvit.dtm.offsets import OffsetStatistics, merging_modules, predict_offsets, sampling_locations, save_plots
 from litvit.errors import InputError, is_from_user_code, printable
 from litvit.models import Backbone
-from litvit.processes import choose_device
+from litvit.processes import EXIT_INPUT_ERROR, choose_device
 from litvit.settings import add_flags, take
-from litvit.training.flags import CHECKPOINT_HELP, TRACEBACK_HELP, parse_with_checkpoint
+from litvit.training.flags import CHECKPOINT_HELP, TRACEBACK_HELP, check_range, parse_with_checkpoint
 from litvit.training.model import ModelConfig, data_settings, named_weights
+from litvit.training.report import format_table, write_csv
 
 FOLDER = Path("visualization")
+TABLE, PLOT = "offsets.csv", "offsets.png"
 
 
 def build_model(name: str, checkpoint: str | None, img_size: tuple[int, int] | None, model_kwargs: dict) -> nn.Module:
@@ -78,18 +85,28 @@ def open_image(path: str, decoder: Decoder | None = None) -> Image.Image:
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]:
     parser = cli.ArgumentParser(
         description="Plot the image locations that each token of a LIT's last stage reads: one image per token (the "
-        "green square of a regular grid, the 64 locations as red dots) and an overview of all tokens.",
+        "green square of a regular grid, the 64 locations as red dots) and an overview of all tokens. With "
+        "--statistics, measure how far each merging module looks, over many images.",
     )
     add = parser.add_argument
     add("--resume", "--checkpoint", dest="checkpoint", metavar="WEIGHTS", help=CHECKPOINT_HELP)
     image = {"default": str(FOLDER / "demo.JPEG"), "metavar": "FILE", "help": "image (visualization/demo.JPEG)"}
     add("--vis_image", "--vis-image", **image)
+    add(
+        "--statistics",
+        nargs="+",
+        metavar="PATH",
+        help="data set, whose validation images are taken, or images and folders: measure the lengths of the offsets "
+        "over them, instead of plotting one image",
+    )
+    add("-n", "--num-images", type=int, default=100, metavar="N", help="images to measure, evenly spread (100)")
     add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
     add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
     names = ("model", "pretrained", "imports", "img_size", "model_kwargs", "in_chans", "exif_transpose", "mean", "std")
-    add_flags(parser, ModelConfig, only=names)
+    add_flags(parser, ModelConfig, only=(*names, "crop_pct", "interpolation"))
     args = parse_with_checkpoint(parser, argv)
+    check_range(args, ("num_images",), 1, None)
     config = take(ModelConfig, vars(args))
     least = min(to_2tuple(config.img_size or Backbone.total_stride))
     if least < Backbone.total_stride:
@@ -98,17 +115,32 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plot offsets as the command line says. Returns 0."""
+    """Plot or measure offsets as the command line says. Returns 0, or 2 if some images could not be read."""
     args, config = _parse(argv)
     start = time.perf_counter()
-    image = open_image(args.vis_image, config.decoder)
+    image, problems = None, []
+    if args.statistics:
+        images, problems = open_sample(args.statistics, args.num_images, config.decoder)
+    else:
+        image = open_image(args.vis_image, config.decoder)
     size = to_2tuple(config.img_size) if config.img_size else None
     model = build_model(config.model, args.checkpoint, size, {"in_chans": config.in_chans, **config.model_kwargs})
     device = choose_device(args.device)
     model.to(device)
+    data_config = data_settings(config, model)
+    if image is None:
+        data_config["input_size"] = (config.in_chans, *(size or model.img_size))
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        statistics = OffsetStatistics()
+        for batch in sample_batches(images, data_config, device, batch_size=8, workers=None, title="offsets"):
+            statistics.add(predict_offsets(model, batch))
+        _report(statistics, args.output)
+        print(f"{statistics.images} images, {TABLE} and {PLOT} in {args.output} ({time.perf_counter() - start:.1f} s)")
+        return EXIT_INPUT_ERROR if problems or statistics.images < len(images) else 0
+
     height, width = size or model.img_size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    data_config = data_settings(config, model)
     pixels = normalize(to_tensor(image), data_config["mean"], data_config["std"]).unsqueeze(0).to(device)
     locations = sampling_locations(predict_offsets(model, pixels))[0].cpu()
 
@@ -119,3 +151,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"cannot write plots to '{folder}': {error.strerror or error}") from error
     print(f"{tokens} plots and overview.png in {folder} ({time.perf_counter() - start:.1f} s)")
     return 0
+
+
+def _report(statistics: OffsetStatistics, folder: Path) -> None:
+    """Print the table of a data set's offsets, and write it and its plot to a folder."""
+    results = statistics.results()
+    names = [f"stage {number} to {number + 1}" for number in range(1, len(results) + 1)]
+    rows = [
+        {
+            "merging": name,
+            "token_px": found.stride,
+            "mean_px": round(found.mean, 3),
+            "p95_px": round(found.p95, 3),
+            "outside_percent": round(100 * found.outside, 3),
+        }
+        for name, found in zip(names, results, strict=True)
+    ]
+    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot(xlabel="length of the offset (pixels of the image)", ylabel="offsets no longer (%)")
+    for name, found in zip(names, results, strict=True):
+        shown = (found.shares > 0.001) & (found.shares.roll(1) < 0.999)
+        axes.plot(found.lengths[shown], 100 * found.shares[shown], label=name)
+    axes.set_xscale("log")
+    axes.legend()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / TABLE, tuple(rows[0]), rows)
+        figure.savefig(folder / PLOT)
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror or error}") from error
+    print(format_table(rows, tuple(rows[0]), digits=3))

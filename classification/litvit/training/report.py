@@ -58,9 +58,16 @@ def _percent(part: int, whole: int) -> float | None:
     return round(100 * part / whole, 2) if whole else None
 
 
-def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40) -> str:
-    """Return rows as a table of aligned columns; None is shown as nothing, and long names are cut to `width`."""
-    cells = [list(columns)] + [[_cell(row[column], width) for column in columns] for row in rows]
+def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40, digits: int = 1) -> str:
+    """Return rows as a table of aligned columns.
+
+    Args:
+        rows: Rows, of which None is shown as nothing.
+        columns: Columns to show.
+        width: Length that long names are cut to.
+        digits: Number of digits after the decimal point.
+    """
+    cells = [list(columns)] + [[_cell(row[column], width, digits) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [all(not isinstance(row[column], str) for row in rows) for column in columns]
     lines = [
@@ -73,9 +80,9 @@ def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40) -
     return "\n".join(map(str.rstrip, lines))
 
 
-def _cell(value: str | int | float | None, width: int) -> str:
+def _cell(value: str | int | float | None, width: int, digits: int = 1) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}"
+        return f"{value:.{digits}f}"
     text = "" if value is None else str(value)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
