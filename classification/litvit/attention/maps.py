@@ -271,9 +271,9 @@ def _find_layout(name: str, shape: torch.Size, model: nn.Module, size: tuple[int
             if n != queries + h * w:
                 continue
             for reduction in range(1, min(h, w) + 1):
-                key_grid = (h // reduction, w // reduction)
-                if (keys := m - math.prod(key_grid)) in (0, queries):
-                    return Layout((h, w), key_grid, stride, reduction, (queries, keys))
+                for key_grid in ((h // reduction, w // reduction), _divide((h, w), reduction)):  # cut or padded
+                    if (keys := m - math.prod(key_grid)) in (0, queries):
+                        return Layout((h, w), key_grid, stride, reduction, (queries, keys))
     return None
 
 

@@ -54,7 +54,7 @@ def build_model(name: str, checkpoint: str | None, img_size: tuple[int, int] | N
             model = create_model(name, **kwargs)
             merging_modules(model)
             # Resize position tables once, from the checkpoint's size to the image's, if the model can have that size.
-            if img_size is not None and not any(side % model.total_stride for side in img_size):
+            if img_size is not None and not any(side % Backbone.total_stride for side in img_size):
                 kwargs["img_size"] = img_size
             model = create_model(name, pretrained=checkpoint is None, **kwargs)
         except TypeError as error:
@@ -129,7 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.to(device)
     data_config = data_settings(config, model)
     if image is None:
-        data_config["input_size"] = (config.in_chans, *(size or model.img_size))
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         statistics = OffsetStatistics()
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{statistics.images} images, {TABLE} and {PLOT} in {args.output} ({time.perf_counter() - start:.1f} s)")
         return EXIT_INPUT_ERROR if problems or statistics.images < len(images) else 0
 
-    height, width = size or model.img_size
+    height, width = data_config["input_size"][1:]
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = normalize(to_tensor(image), data_config["mean"], data_config["std"]).unsqueeze(0).to(device)
     locations = sampling_locations(predict_offsets(model, pixels))[0].cpu()
