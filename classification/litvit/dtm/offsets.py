@@ -179,7 +179,7 @@ class OffsetStatistics:
         found = []
         for number, (counts, (length, outside)) in enumerate(zip(self._counts, self._sums, strict=True)):
             stride, total = PATCH_SIZE * 2**number, counts.sum().item()
-            shares = counts.cumsum(0) / total
+            shares = counts.cumsum(0).double() / total
             # The middle of each bin, in ratios.
             middles = torch.cat((torch.zeros(1), (self.EDGES[1:] * self.EDGES[:-1]).sqrt(), self.EDGES[-1:]))
             p95 = middles[torch.searchsorted(shares, 0.95)].item()

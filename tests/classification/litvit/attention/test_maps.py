@@ -62,6 +62,10 @@ def of_qkv(x: Tensor, qkv: nn.Linear, heads: int) -> Tensor:
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
 
 
+def places(averages: AttentionAverages) -> list[tuple[int, int, int]]:
+    return [(found.stage, found.block, found.pass_number) for found in averages.maps]
+
+
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(5, 3, 64, 96, generator=torch.Generator().manual_seed(1))
@@ -79,7 +83,11 @@ def test_plain_attention_with_a_class_token(images):
     averages = AttentionAverages(model, (3, 64, 96), queries=(7, 4))
     for batch in images.split(2):
         averages.add(batch)
-    assert [(found.stage, found.block, found.pass_number) for found in averages.maps] == [(3, 0, 1), (3, 1, 1), (4, 0, 1)]
+    assert [(found.stage, found.block, found.pass_number) for found in averages.maps] == [
+        (3, 0, 1),
+        (3, 1, 1),
+        (4, 0, 1),
+    ]
     assert [found.images for found in averages.maps] == [5, 5, 5]
     assert averages.left_out == []
 
@@ -116,9 +124,16 @@ def test_both_passes_of_rasa_and_reduced_keys(images):
     model = create("lvt", **LVT)
     averages = AttentionAverages(model, (3, 64, 96))
     averages.add(images)
-    assert [(found.stage, found.pass_number) for found in averages.maps] == [(2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)]
+    assert [(found.stage, found.pass_number) for found in averages.maps] == [
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (3, 2),
+        (4, 1),
+        (4, 2),
+    ]
     assert [found.layout.key_grid for found in averages.maps] == [(2, 3)] * 6
-    assert averages.left_out[0] == "stages.0.blocks.0.attn"  # convolutional attention is not between tokens of the map
+    assert averages.left_out[0] == "stages.0.blocks.0.attn"  # between the places of a patch
 
     attn = model.stages[1].blocks[0].attn
     x = inputs_of(model, images, "stages.1.blocks.0.attn")["stages.1.blocks.0.attn"][0].float()
