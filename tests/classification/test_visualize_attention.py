@@ -157,6 +157,13 @@ def test_wrong_input_is_one_line(folder, tmp_path, argv, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(AttentionAverages, "add", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(InputError, match=f"cannot write to '{tmp_path / 'file' / 'attention_map'}': Not a directory"):
+        run(folder, tmp_path / "file", "--data", str(folder / "data"))
+
+
 def test_a_model_without_attention(folder, tmp_path):
     torch.save(create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "resnet.pth")
     argv = ["--data", str(folder / "data"), "--model", "resnet10t", "--checkpoint", str(tmp_path / "resnet.pth")]

@@ -34,7 +34,7 @@ from litvit.training.flags import (
     parse_with_checkpoint,
 )
 from litvit.training.model import ModelConfig, build_trained_model, data_settings
-from litvit.training.report import Row, format_table, write_csv
+from litvit.training.report import Row, format_table, write_csv, writing_to
 
 MAPS, TABLE, PLOT = "attention_map", "attention.csv", "attention.png"
 COLUMNS = (
@@ -60,7 +60,7 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("images", metavar="IMAGE", nargs="*", help="image files, folders, patterns such as 'a/**/*.jpg', - for stdin's")
     add("--data", metavar="DIR", help="data set, whose validation images are taken, a folder of images, or a .tar")
-    add("--checkpoint", "--resume", dest="checkpoint", metavar="WEIGHTS", help=CHECKPOINT_HELP)
+    add("--resume", "--checkpoint", dest="checkpoint", metavar="WEIGHTS", help=CHECKPOINT_HELP)
     add("-n", "--num-images", type=int, default=100, metavar="N", help="images to average over, evenly spread (100)")
     add(
         "--query",
@@ -101,17 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ", ".join(averages.left_out[:3]) + (", ..." if len(averages.left_out) > 3 else "")
         print(f"left out, not between tokens of a map: {names}", file=sys.stderr)
 
+    folder = settings.output / MAPS
     sizes = {"batch_size": settings.batch_size, "workers": settings.workers}
+    with writing_to(folder):  # before the work that it is for
+        pass
     for batch in sample_batches(images, data_config, device, **sizes, title="attention"):
         averages.add(batch)
-    folder = settings.output / MAPS
-    try:
+    print(format_table(summary(averages.maps), SHOWN, digits=2))
+    with writing_to(folder):
         count = save_maps(averages.maps, data_config["input_size"][1:], folder)
         write_csv(folder / TABLE, COLUMNS, table(averages.maps))
         plot_measures(averages.maps).savefig(folder / PLOT)
-    except OSError as error:
-        raise InputError(f"cannot write maps to '{folder}': {error.strerror or error}") from error
-    print(format_table(summary(averages.maps), SHOWN, digits=2))
     seen = averages.maps[0].images
     print(f"{count} maps of {seen} images, {TABLE} and {PLOT} in {folder} ({time.perf_counter() - start:.1f} s)")
     return EXIT_INPUT_ERROR if problems or seen < len(images) else 0
@@ -164,7 +164,7 @@ def save_maps(maps: Sequence[AttentionMap], size: tuple[int, int], folder: Path)
     Args:
         maps: Averages.
         size: Height and width of the images in pixels.
-        folder: Folder of the maps, created if it does not exist.
+        folder: Folder of the maps, which exists.
 
     Returns:
         Number of heat maps.

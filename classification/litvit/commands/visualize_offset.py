@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.layers import to_2tuple
@@ -23,17 +24,24 @@ from litvit.data.dataset import unreadable
 from litvit.data.loader import sample_batches
 from litvit.data.pixels import Decoder
 from litvit.data.readers import open_sample
-from litvit.dtm.offsets import OffsetStatistics, merging_modules, predict_offsets, sampling_locations, save_plots
+from litvit.dtm.offsets import (
+    OffsetLengths,
+    OffsetStatistics,
+    merging_modules,
+    predict_offsets,
+    sampling_locations,
+    save_plots,
+)
 from litvit.errors import InputError, is_from_user_code, printable
 from litvit.models import Backbone
 from litvit.processes import EXIT_INPUT_ERROR, choose_device
 from litvit.settings import add_flags, take
 from litvit.training.flags import CHECKPOINT_HELP, TRACEBACK_HELP, check_range, parse_with_checkpoint
 from litvit.training.model import ModelConfig, data_settings, named_weights
-from litvit.training.report import format_table, write_csv
+from litvit.training.report import format_table, write_csv, writing_to
 
 FOLDER = Path("visualization")
-TABLE, PLOT = "offsets.csv", "offsets.png"
+STATISTICS, TABLE, PLOT = "offsets", "offsets.csv", "offsets.png"
 
 
 def build_model(name: str, checkpoint: str | None, img_size: tuple[int, int] | None, model_kwargs: dict) -> nn.Module:
@@ -100,7 +108,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]
         "over them, instead of plotting one image",
     )
     add("-n", "--num-images", type=int, default=100, metavar="N", help="images to measure, evenly spread (100)")
-    add("--output", type=Path, default=FOLDER, metavar="DIR", help="plots go to DIR/<image name> (visualization)")
+    output = {"type": Path, "default": FOLDER, "metavar": "DIR"}
+    add("--output", **output, help=f"DIR/<image name> for plots, DIR/{STATISTICS} for statistics (visualization)")
     add("--device", metavar="NAME", help="device: cuda, cuda:1, cpu, ... (cuda if available)")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
     names = ("model", "pretrained", "imports", "img_size", "model_kwargs", "in_chans", "exif_transpose", "mean", "std")
@@ -117,55 +126,66 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModelConfig]
 def main(argv: Sequence[str] | None = None) -> int:
     """Plot or measure offsets as the command line says. Returns 0, or 2 if some images could not be read."""
     args, config = _parse(argv)
-    start = time.perf_counter()
-    image, problems = None, []
-    if args.statistics:
-        images, problems = open_sample(args.statistics, args.num_images, config.decoder)
-    else:
-        image = open_image(args.vis_image, config.decoder)
+    return _measure(args, config) if args.statistics else _plot(args, config)
+
+
+def _prepare(args: argparse.Namespace, config: ModelConfig) -> tuple[nn.Module, dict, torch.device]:
+    """Return the model, the settings of its images, and its device."""
     size = to_2tuple(config.img_size) if config.img_size else None
     model = build_model(config.model, args.checkpoint, size, {"in_chans": config.in_chans, **config.model_kwargs})
     device = choose_device(args.device)
-    model.to(device)
-    data_config = data_settings(config, model)
-    if image is None:
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        statistics = OffsetStatistics()
-        for batch in sample_batches(images, data_config, device, batch_size=8, workers=None, title="offsets"):
-            statistics.add(predict_offsets(model, batch))
-        _report(statistics, args.output)
-        print(f"{statistics.images} images, {TABLE} and {PLOT} in {args.output} ({time.perf_counter() - start:.1f} s)")
-        return EXIT_INPUT_ERROR if problems or statistics.images < len(images) else 0
+    return model.to(device), data_settings(config, model), device
 
+
+def _plot(args: argparse.Namespace, config: ModelConfig) -> int:
+    start = time.perf_counter()
+    image = open_image(args.vis_image, config.decoder)
+    model, data_config, device = _prepare(args, config)
     height, width = data_config["input_size"][1:]
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = normalize(to_tensor(image), data_config["mean"], data_config["std"]).unsqueeze(0).to(device)
     locations = sampling_locations(predict_offsets(model, pixels))[0].cpu()
 
     folder = args.output / Path(args.vis_image).stem
-    try:
+    with writing_to(folder):
         tokens = save_plots(image.convert("RGB"), locations, folder)
-    except OSError as error:
-        raise InputError(f"cannot write plots to '{folder}': {error.strerror or error}") from error
     print(f"{tokens} plots and overview.png in {folder} ({time.perf_counter() - start:.1f} s)")
     return 0
 
 
-def _report(statistics: OffsetStatistics, folder: Path) -> None:
-    """Print the table of a data set's offsets, and write it and its plot to a folder."""
+def _measure(args: argparse.Namespace, config: ModelConfig) -> int:
+    start = time.perf_counter()
+    images, problems = open_sample(args.statistics, args.num_images, config.decoder)
+    model, data_config, device = _prepare(args, config)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    folder = args.output / STATISTICS
+    with writing_to(folder):  # before the work that it is for
+        pass
+    statistics = OffsetStatistics()
+    for batch in sample_batches(images, data_config, device, batch_size=8, workers=None, title="offsets"):
+        statistics.add(predict_offsets(model, batch))
     results = statistics.results()
-    names = [f"stage {number} to {number + 1}" for number in range(1, len(results) + 1)]
     rows = [
         {
-            "merging": name,
+            "merging": f"stage {number} to {number + 1}",
             "token_px": found.stride,
             "mean_px": round(found.mean, 3),
             "p95_px": round(found.p95, 3),
             "outside_percent": round(100 * found.outside, 3),
         }
-        for name, found in zip(names, results, strict=True)
+        for number, found in enumerate(results, 1)
     ]
+    print(format_table(rows, tuple(rows[0]), digits=3))
+    with writing_to(folder):
+        write_csv(folder / TABLE, tuple(rows[0]), rows)
+        _plot_lengths(results, [row["merging"] for row in rows]).savefig(folder / PLOT)
+    print(f"{statistics.images} images, {TABLE} and {PLOT} in {folder} ({time.perf_counter() - start:.1f} s)")
+    return EXIT_INPUT_ERROR if problems or statistics.images < len(images) else 0
+
+
+def _plot_lengths(results: Sequence[OffsetLengths], names: Sequence[str]) -> Figure:
+    """Plot the share of offsets that are no longer than a length, a line per merging module."""
     figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
     axes = figure.add_subplot(xlabel="length of the offset (pixels of the image)", ylabel="offsets no longer (%)")
     for name, found in zip(names, results, strict=True):
@@ -173,10 +193,4 @@ def _report(statistics: OffsetStatistics, folder: Path) -> None:
         axes.plot(found.lengths[shown], 100 * found.shares[shown], label=name)
     axes.set_xscale("log")
     axes.legend()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_csv(folder / TABLE, tuple(rows[0]), rows)
-        figure.savefig(folder / PLOT)
-    except OSError as error:
-        raise InputError(f"cannot write to '{folder}': {error.strerror or error}") from error
-    print(format_table(rows, tuple(rows[0]), digits=3))
+    return figure

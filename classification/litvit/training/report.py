@@ -1,8 +1,9 @@
 """A report of an evaluation: tables and pictures of what a classifier gets wrong."""
 
+import contextlib
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from litvit.data.contact_sheet import BLACK, GREY, PER_SHEET, RED, contact_sheet, shrink
+from litvit.errors import InputError
 from litvit.runs.folder import replace_file
 from litvit.training.predictions import Predicted
 
@@ -85,6 +87,20 @@ def _cell(value: str | int | float | None, width: int, digits: int = 1) -> str:
         return f"{value:.{digits}f}"
     text = "" if value is None else str(value)
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Make a folder, and name it if a block cannot write to it.
+
+    Raises:
+        InputError: The folder cannot be made, or the disk does not take what is written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror or error}") from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
