@@ -87,7 +87,7 @@ def test_the_query_is_in_a_green_square_and_the_largest_value_is_bright(folder, 
     zoom = len(pixels) // 64
     ys, xs = np.nonzero(np.abs(pixels - GREEN).max(-1) == 0)
     token = 16 * zoom  # 4 x 4 tokens: 6 is in row 1, column 2
-    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (token - 2, 2 * token + 1, 2 * token - 2, 3 * token + 1)
+    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (token - 3, 2 * token + 2, 2 * token - 3, 3 * token + 2)
     values = np.load(maps / "stage-3" / "block0" / "pixel-6-block-0.npy")[1]
     brightness = pixels[token // 2 :: token, token // 2 :: token].sum(-1)
     assert np.argmax(brightness) == np.argmax(values)

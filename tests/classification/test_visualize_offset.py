@@ -167,14 +167,10 @@ def test_statistics_over_images(folder, tmp_path, capsys):
     for name in ("a", "b", "c"):
         Image.new("RGB", (70, 50), (90, 10, 200)).save(tmp_path / f"{name}.png")
     flags = ["--model", "lit_s", "--checkpoint", str(folder / "lit.pth"), "--device", "cpu", *SMALL_FLAGS]
-    status = visualize_offset.main(
-        [*flags, "--statistics", str(tmp_path), "-n", "2", "--output", str(tmp_path / "out")]
-    )
-    assert status == 0
-    assert {path.name for path in (tmp_path / "out" / "offsets").iterdir()} == {"offsets.csv", "offsets.png"}
-    header, *rows = [
-        line.split(",") for line in (tmp_path / "out" / "offsets" / "offsets.csv").read_text().splitlines()
-    ]
+    out = tmp_path / "out" / "offsets"
+    assert visualize_offset.main([*flags, "--statistics", str(tmp_path), "-n", "2", "--output", str(out.parent)]) == 0
+    assert {path.name for path in out.iterdir()} == {"offsets.csv", "offsets.png"}
+    header, *rows = [line.split(",") for line in (out / "offsets.csv").read_text().splitlines()]
     assert header == ["merging", "token_px", "mean_px", "p95_px", "outside_percent"]
     assert [(row[0], *map(float, row[1:])) for row in rows] == [
         ("stage 1 to 2", 4, 0, 0, 0),
@@ -183,7 +179,7 @@ def test_statistics_over_images(folder, tmp_path, capsys):
     ]
     printed = capsys.readouterr().out
     assert "stage 2 to 3         8    8.000" in printed
-    assert f"2 images, offsets.csv and offsets.png in {tmp_path / 'out' / 'offsets'}" in printed
+    assert f"2 images, offsets.csv and offsets.png in {out}" in printed
 
 
 def test_statistics_without_what_cannot_be_read(folder, tmp_path, capsys):

@@ -37,6 +37,7 @@ from litvit.training.model import ModelConfig, build_trained_model, data_setting
 from litvit.training.report import Row, format_table, write_csv, writing_to
 
 MAPS, TABLE, PLOT = "attention_map", "attention.csv", "attention.png"
+EDGE = 3  # pixels of the line around the query
 COLUMNS = (
     *("stage", "block", "pass", "head", "distance_px", "entropy_nats"),
     *("uniform_distance_px", "uniform_entropy_nats"),
@@ -199,9 +200,9 @@ def heat_map(values: np.ndarray, found: AttentionMap, size: tuple[int, int]) -> 
     height, width = (side * tokens for tokens in values.shape)
     picture = Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
     row, column = (zoom * found.layout.stride * place for place in divmod(found.query, found.layout.grid[1]))
-    end = zoom * found.layout.stride + 1
-    square = (column - 2, row - 2, column + end, row + end)
-    ImageDraw.Draw(picture).rectangle(square, outline=GREEN, width=2)
+    end = zoom * found.layout.stride - 1 + EDGE
+    square = (column - EDGE, row - EDGE, column + end, row + end)
+    ImageDraw.Draw(picture).rectangle(square, outline=GREEN, width=EDGE)
     return picture
 
 
