@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("litvit.commands.export", "write a model for ONNX, OpenVINO and others, and compare it"),
     "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
     "visualize-offset": ("litvit.commands.visualize_offset", "plot where deformable token merging reads"),
+    "visualize-attention": ("litvit.commands.visualize_attention", "draw and measure where attention looks"),
     "hub-folder": ("litvit.commands.hub_folder", "make a folder of a run's best weights for the Hugging Face Hub"),
     "check-data": ("litvit.commands.check_data", "read every image of a data set before a run"),
     "demo-data": ("litvit.demo_data.__main__", "build a small data set without any download"),

@@ -162,6 +162,41 @@ def test_wrong_input_is_one_line(folder, tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_statistics_over_images(folder, tmp_path, capsys):
+    """Of offsets that are 8 pixels down in the second module, and 0 in the others."""
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (70, 50), (90, 10, 200)).save(tmp_path / f"{name}.png")
+    flags = ["--model", "lit_s", "--checkpoint", str(folder / "lit.pth"), "--device", "cpu", *SMALL_FLAGS]
+    out = tmp_path / "out" / "offsets"
+    assert visualize_offset.main([*flags, "--statistics", str(tmp_path), "-n", "2", "--output", str(out.parent)]) == 0
+    assert {path.name for path in out.iterdir()} == {"offsets.csv", "offsets.png"}
+    header, *rows = [line.split(",") for line in (out / "offsets.csv").read_text().splitlines()]
+    assert header == ["merging", "token_px", "mean_px", "p95_px", "outside_percent"]
+    assert [(row[0], *map(float, row[1:])) for row in rows] == [
+        ("stage 1 to 2", 4, 0, 0, 0),
+        ("stage 2 to 3", 8, 8, pytest.approx(8, rel=2e-3), 50),
+        ("stage 3 to 4", 16, 0, 0, 0),
+    ]
+    printed = capsys.readouterr().out
+    assert "stage 2 to 3         8    8.000" in printed
+    assert f"2 images, offsets.csv and offsets.png in {out}" in printed
+
+
+def test_statistics_without_what_cannot_be_read(folder, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    Image.new("RGB", (70, 50)).save(tmp_path / "b.png")
+    flags = ["--model", "lit_s", "--checkpoint", str(folder / "lit.pth"), "--device", "cpu", *SMALL_FLAGS]
+    flags += ["--output", str(tmp_path / "out"), "--statistics"]
+    assert visualize_offset.main([*flags, str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "1 images" in printed.out
+    assert "cannot read the image" in printed.err
+    with pytest.raises(InputError, match="none of the 1 images can be read"):
+        visualize_offset.main([*flags, str(tmp_path / "a.png")])
+    with pytest.raises(InputError, match="no image at nowhere"):
+        visualize_offset.main([*flags, "nowhere"])
+
+
 def test_a_checkpoint_must_be_named():
     with pytest.raises(InputError, match="which weights"):
         visualize_offset.main(["--model", "lit_ti"])

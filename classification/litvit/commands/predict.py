@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import glob
 import json
 import os
 import signal
@@ -10,18 +9,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import ImageDataset
-from timm.data.readers.reader import Reader
 from tqdm import tqdm
 
 from litvit.cli import ArgumentParser
 from litvit.data.contact_sheet import BLACK, GREY, PER_SHEET, Line, contact_sheet, thumbnail
 from litvit.data.dataset import Images
-from litvit.data.listing import image_files
+from litvit.data.listing import NamedFiles, find_images
 from litvit.data.loader import DevicePrefetcher, default_workers, eval_loader
 from litvit.data.readers import DataConfig, read_class_map
 from litvit.errors import InputError, one_line, printable
@@ -40,25 +38,7 @@ from litvit.training.flags import (
 )
 from litvit.training.model import ModelConfig, PrecisionConfig
 
-STDIN = "-"
 EXIT_NOT_READ = 128 + signal.SIGPIPE
-
-
-class _Files(Reader):
-    """Image files without classes, as a reader of timm's interface."""
-
-    def __init__(self, names: Sequence[str]):
-        super().__init__()
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return open(self.names[index], "rb"), 0
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return self.names[index]
 
 
 class _Printer:
@@ -171,39 +151,6 @@ def parse_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     return settings
 
 
-def find_images(sources: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Find the image files that a command line names.
-
-    Args:
-        sources: Files, folders, which are searched with all that is in them, patterns, or "-" for names on stdin, one
-            per line.
-
-    Returns:
-        Paths of the files, and a line for each source without any.
-    """
-    found, problems = [], []
-    for source in sources:
-        if source == STDIN:
-            lines = [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
-            names, more = find_images([line for line in lines if line != STDIN])
-            found += names
-            problems += more
-            continue
-        paths = [source] if os.path.lexists(source) else sorted(glob.glob(os.path.expanduser(source), recursive=True))
-        if not paths:
-            problems.append(f"no image at {printable(source)}")
-        for path in paths:
-            try:
-                inside = image_files(Path(path)) if os.path.isdir(path) else None
-            except OSError as error:
-                problems.append(f"cannot list {printable(path)}: {error.strerror}")
-                continue
-            if inside == []:
-                problems.append(f"{printable(path)} holds no images")
-            found += [path] if inside is None else [os.path.join(path, name) for name in inside]
-    return found, problems
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Label images as the command line says. Returns 0, or 2 if some could not be read."""
     settings = parse_settings(argv)
@@ -219,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
 
-    images = Images(ImageDataset("", reader=_Files(names)), decoder=config.decoder)
+    images = Images(ImageDataset("", reader=NamedFiles(names)), decoder=config.decoder)
     workers = settings.workers
     if workers is None:  # no more than there are batches for, and none for one batch
         workers = min(default_workers(), len(names) // settings.batch_size)

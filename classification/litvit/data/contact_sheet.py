@@ -35,14 +35,15 @@ def shrink(image: Image.Image) -> Image.Image:
     return image.resize((width, height))
 
 
-def contact_sheet(cells: Sequence[tuple[Image.Image, Sequence[Line]]]) -> Image.Image:
+def contact_sheet(cells: Sequence[tuple[Image.Image, Sequence[Line]]], columns: int = COLUMNS) -> Image.Image:
     """Draw a sheet.
 
     Args:
         cells: Images of `thumbnail`, each with its lines of text. A line that is too long is cut.
+        columns: Number of images per row.
     """
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 12)
-    columns = min(COLUMNS, len(cells))
+    columns = min(columns, len(cells))
     width, height = SIDE + MARGIN, SIDE + LINE * max(len(lines) for _, lines in cells) + 2 * MARGIN
     sheet = Image.new("RGB", (MARGIN + columns * width, MARGIN + -(-len(cells) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)

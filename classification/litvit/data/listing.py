@@ -1,11 +1,13 @@
 """The images of a folder or .tar with one folder per class: what is an image, of which class, and what is left out."""
 
+import glob
 import io
 import os
 import re
+import sys
 import tarfile
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +21,7 @@ _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 _LEFTOVERS = {"__MACOSX", "@eaDir"}  # of macOS's archives and Synology's disks
 _NUMBERS = re.compile(r"\d+")
 _SHOWN = 3  # examples of what is left out
+STDIN = "-"
 
 
 def image_suffixes() -> set[str]:
@@ -114,6 +117,23 @@ class ImageFiles(Reader):
         return os.path.join(self.root, name) if absolute else name
 
 
+class NamedFiles(Reader):
+    """Image files without classes, as a reader of timm's interface."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.names, self.targets, self.class_to_idx = names, [0] * len(names), {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return open(self.names[index], "rb"), 0
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.names[index]
+
+
 def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a .tar.
 
@@ -143,6 +163,39 @@ def image_files(root: Path) -> list[str]:
         OSError: the folder cannot be listed.
     """
     return natural_order(_FolderScan().walk(root))
+
+
+def find_images(sources: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Find the image files that a command line names.
+
+    Args:
+        sources: Files, folders, which are searched with all that is in them, patterns, or "-" for names on stdin, one
+            per line.
+
+    Returns:
+        Paths of the files, and a line for each source without any.
+    """
+    found, problems = [], []
+    for source in sources:
+        if source == STDIN:
+            lines = [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+            names, more = find_images([line for line in lines if line != STDIN])
+            found += names
+            problems += more
+            continue
+        paths = [source] if os.path.lexists(source) else sorted(glob.glob(os.path.expanduser(source), recursive=True))
+        if not paths:
+            problems.append(f"no image at {printable(source)}")
+        for path in paths:
+            try:
+                inside = image_files(Path(path)) if os.path.isdir(path) else None
+            except OSError as error:
+                problems.append(f"cannot list {printable(path)}: {error.strerror}")
+                continue
+            if inside == []:
+                problems.append(f"{printable(path)} holds no images")
+            found += [path] if inside is None else [os.path.join(path, name) for name in inside]
+    return found, problems
 
 
 def class_folders(root: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from timm.data import create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from litvit.data.augment import AugmentConfig, TrainTransform, create_mixup
 from litvit.data.dataset import EvaluationImages, Fault, Images, Labels, Sample
@@ -253,6 +255,40 @@ def eval_loader(
         sampler = OrderedDistributedSampler(dataset, world_size, rank) if world_size > 1 else None
     loader = _loader(dataset, processes.device, workers, batch_size=batch_size, sampler=sampler)
     return DevicePrefetcher(loader, data_config["mean"], data_config["std"], processes.device)
+
+
+def sample_batches(
+    images: Images, data_config: dict, device: torch.device, *, batch_size: int, workers: int | None, title: str
+) -> Iterator[Tensor]:
+    """Yield batches of images that can be read, (B, C, H, W), with a progress bar on a terminal.
+
+    Args:
+        images: Images, from `open_sample`.
+        data_config: timm's input_size, interpolation, mean, std and crop_pct.
+        device: Device of the batches.
+        batch_size: Number of images per batch.
+        workers: Number of loader processes, None for `default_workers` or fewer for few images.
+        title: Title of the progress bar.
+
+    Raises:
+        InputError: no image can be read. If only some cannot, that is printed.
+    """
+    if workers is None:
+        workers = min(default_workers(), len(images) // batch_size)
+    loader = eval_loader(images, data_config, Processes(device), batch_size=batch_size, workers=workers)
+    done = read = 0
+    with tqdm(total=len(images), desc=title, unit=" images", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for batch in loader:
+            for reason in dict.fromkeys(fault.reason for fault in batch.faults):
+                bar.write(f"error: {reason}", file=sys.stderr)
+            broken = {fault.path for fault in batch.faults}
+            kept = [i for i in range(len(batch.images)) if images.name(done + i) not in broken]
+            done, read = done + len(batch.images), read + len(kept)
+            if kept:
+                yield batch.images if len(kept) == len(batch.images) else batch.images[kept]
+            bar.update(len(batch.images))
+    if not read:
+        raise InputError(f"none of the {len(images)} images can be read")
 
 
 def _loader(dataset: Dataset, device: torch.device, workers: int, **kwargs) -> WatchedLoader:

@@ -16,7 +16,7 @@ from timm.data.readers.reader import Reader
 
 from litvit.data.dataset import Images
 from litvit.data.hugging_face import HuggingFaceRows, HuggingFaceStream
-from litvit.data.listing import ImageFiles, class_folders, shorten
+from litvit.data.listing import ImageFiles, NamedFiles, class_folders, find_images, shorten
 from litvit.data.pixels import Decoder
 from litvit.data.streams import ImageStream, Source, WebDatasetShards
 from litvit.errors import InputError, one_line, printable
@@ -270,6 +270,34 @@ class _Part(Reader):
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return self.reader._filename(self.indices[index], basename=basename, absolute=absolute)
+
+
+def open_sample(sources: Sequence[str], number: int, decoder: Decoder | None = None) -> tuple[Images, list[str]]:
+    """Open some of the images that a command line names, evenly spread over them.
+
+    Args:
+        sources: What `find_images` takes, or one .tar with folders of classes. A folder with a validation split stands
+            for that.
+        number: Largest number of images.
+        decoder: How files become images; None for RGB as stored.
+
+    Returns:
+        Images, and a line for each source without any.
+
+    Raises:
+        InputError: no images.
+    """
+    places = [str(_named_split(source, "val") or source) for source in sources]
+    if len(places) == 1 and places[0].endswith(".tar") and os.path.isfile(places[0]):
+        reader, problems = _open_files(Path(places[0]), ()), []
+    else:
+        names, problems = find_images(places)
+        if not names:
+            raise InputError("; ".join(problems))
+        reader = NamedFiles(names)
+    count = min(number, len(reader))
+    reader = _Part(reader, [i * len(reader) // count for i in range(count)])
+    return Images(ImageDataset("", reader=reader), decoder=decoder), problems
 
 
 def choose_names(names: Collection[str], fraction: float, seed: int) -> list[str]:

@@ -1,10 +1,11 @@
-"""Where the merging modules of a model look: their offsets, the image locations these add up to, and plots of them.
+"""Where the merging modules of a model look: their offsets, how long these are, what they add up to, and plots of that.
 
 Shape letters: B images, (h, w) map of tokens, (y, x) a position, n positions per token.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -85,19 +86,28 @@ def sampling_locations(offsets: Sequence[Tensor]) -> Tensor:
     Raises:
         InputError: The offsets are infinite or NaN.
     """
-    if not all(offset.isfinite().all() for offset in offsets):
-        raise InputError("the offsets are not finite: the weights are broken, load another checkpoint")
+    _check_finite(offsets)
     last = offsets[-1]
     B, h, w, _ = last.shape
     dtype = torch.promote_types(last.dtype, torch.float32)
     rows = torch.arange(h, dtype=dtype, device=last.device)
     columns = torch.arange(w, dtype=dtype, device=last.device)
     positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).expand(B, h, w, 2).unsqueeze(3)
-    taps = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=dtype, device=last.device)
+    taps = _taps(positions)
     for offset in reversed(offsets):
         tap_offsets = _read_bilinear(offset.to(dtype), positions).unflatten(-1, (4, 2))
         positions = (2 * positions.unsqueeze(4) + taps + tap_offsets).flatten(3, 4)
     return PATCH_SIZE * positions + (PATCH_SIZE - 1) / 2
+
+
+def _check_finite(offsets: Sequence[Tensor]) -> None:
+    if not all(offset.isfinite().all() for offset in offsets):
+        raise InputError("the offsets are not finite: the weights are broken, load another checkpoint")
+
+
+def _taps(like: Tensor) -> Tensor:
+    """Return the places (y, x) of the taps, (4, 2)."""
+    return torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=like.dtype, device=like.device)
 
 
 def _read_bilinear(field: Tensor, positions: Tensor) -> Tensor:
@@ -111,6 +121,79 @@ def _read_bilinear(field: Tensor, positions: Tensor) -> Tensor:
     upper = torch.lerp(field[image, top, left], field[image, top, right], across)
     lower = torch.lerp(field[image, bottom, left], field[image, bottom, right], across)
     return torch.lerp(upper, lower, down)
+
+
+@dataclass
+class OffsetLengths:
+    """How far one merging module looks.
+
+    Attributes:
+        stride: Pixels per token of the module's input map.
+        mean: Mean length of the offsets in pixels.
+        p95: 95th percentile of the lengths in pixels, to 0.1%.
+        outside: Share of the sampling points outside of the square of 2 x 2 tokens that merge, from 0 to 1.
+        lengths: Lengths in pixels, ascending.
+        shares: Share of the offsets that are no longer than each of `lengths`, from 0 to 1.
+    """
+
+    stride: int
+    mean: float
+    p95: float
+    outside: float
+    lengths: Tensor
+    shares: Tensor
+
+
+class OffsetStatistics:
+    """Statistics of the offsets of a LIT over images, of which none is kept: lengths are counted in bins."""
+
+    # Ends of bins in tokens, each 0.18% above the one before. Offsets of 0 are in a bin of their own.
+    EDGES = torch.logspace(-4, 4, 10_001, dtype=torch.float64)
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._counts: list[Tensor] = []
+        self._sums: list[Tensor] = []  # of lengths in tokens, and the number of points outside
+
+    def add(self, offsets: Sequence[Tensor]) -> None:
+        """Add the offsets of a batch, (B, h, w, 8) per merging module, as `predict_offsets` returns them.
+
+        Raises:
+            InputError: The offsets are infinite or NaN.
+        """
+        _check_finite(offsets)
+        if not self._counts:
+            self._counts = [torch.zeros(len(self.EDGES) + 1, dtype=torch.long) for _ in offsets]
+            self._sums = [torch.zeros(2, dtype=torch.float64) for _ in offsets]
+        self.images += len(offsets[0])
+        for offset, counts, sums in zip(offsets, self._counts, self._sums, strict=True):
+            moves = offset.detach().cpu().double().unflatten(-1, (4, 2))
+            lengths = moves.square().sum(-1).sqrt().flatten()
+            counts += torch.bucketize(lengths, self.EDGES).bincount(minlength=len(counts))
+            # Token i covers the places from i - 0.5 to i + 0.5.
+            outside = ((moves + _taps(moves) - 0.5).abs() > 1).any(-1)
+            sums += torch.stack((lengths.sum(), outside.sum().double()))
+
+    def results(self) -> list[OffsetLengths]:
+        """Return the statistics of each merging module, first stage first."""
+        found = []
+        for number, (counts, (length, outside)) in enumerate(zip(self._counts, self._sums, strict=True)):
+            stride, total = PATCH_SIZE * 2**number, counts.sum().item()
+            shares = counts.cumsum(0).double() / total
+            # The middle of each bin, in ratios.
+            middles = torch.cat((torch.zeros(1), (self.EDGES[1:] * self.EDGES[:-1]).sqrt(), self.EDGES[-1:]))
+            p95 = middles[torch.searchsorted(shares, 0.95)].item()
+            found.append(
+                OffsetLengths(
+                    stride=stride,
+                    mean=stride * length.item() / total,
+                    p95=stride * p95,
+                    outside=outside.item() / total,
+                    lengths=stride * self.EDGES,
+                    shares=shares[:-1],
+                )
+            )
+        return found
 
 
 def save_plots(image: Image.Image, locations: Tensor, folder: Path) -> int:

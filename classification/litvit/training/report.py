@@ -1,8 +1,9 @@
 """A report of an evaluation: tables and pictures of what a classifier gets wrong."""
 
+import contextlib
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from litvit.data.contact_sheet import BLACK, GREY, PER_SHEET, RED, contact_sheet, shrink
+from litvit.errors import InputError
 from litvit.runs.folder import replace_file
 from litvit.training.predictions import Predicted
 
@@ -58,9 +60,16 @@ def _percent(part: int, whole: int) -> float | None:
     return round(100 * part / whole, 2) if whole else None
 
 
-def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40) -> str:
-    """Return rows as a table of aligned columns; None is shown as nothing, and long names are cut to `width`."""
-    cells = [list(columns)] + [[_cell(row[column], width) for column in columns] for row in rows]
+def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40, digits: int = 1) -> str:
+    """Return rows as a table of aligned columns.
+
+    Args:
+        rows: Rows, of which None is shown as nothing.
+        columns: Columns to show.
+        width: Length that long names are cut to.
+        digits: Number of digits after the decimal point.
+    """
+    cells = [list(columns)] + [[_cell(row[column], width, digits) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [all(not isinstance(row[column], str) for row in rows) for column in columns]
     lines = [
@@ -73,11 +82,25 @@ def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40) -
     return "\n".join(map(str.rstrip, lines))
 
 
-def _cell(value: str | int | float | None, width: int) -> str:
+def _cell(value: str | int | float | None, width: int, digits: int = 1) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}"
+        return f"{value:.{digits}f}"
     text = "" if value is None else str(value)
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Make a folder, and name it if a block cannot write to it.
+
+    Raises:
+        InputError: The folder cannot be made, or the disk does not take what is written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror or error}") from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:

@@ -22,6 +22,7 @@ from litvit.data.readers import (
     class_names,
     find_split,
     open_for_evaluation,
+    open_sample,
     open_train_and_val,
     read_class_map,
     register_reader,
@@ -312,3 +313,24 @@ def test_class_counts(digits_copy, tmp_path):
     assert class_counts(open_train_and_val(config)[0], 10) == [8, 8, 8, 8, 3, 8, 8, 8, 8, 8]
     numbered = open_train_and_val(replace(config, class_map=str(tmp_path / "map.txt")))[0]
     assert class_counts(numbered, 11) == [8, 8, 8, 8, 8, 3, 8, 8, 8, 8, 0]
+
+
+def test_a_sample_is_spread_over_the_validation_images(digits, digits_copy):
+    """Of a data set, of the split itself, and of a .tar."""
+    tar_split(digits_copy, "val")
+    for source in (digits, digits / "val", digits_copy, digits_copy / "val.tar"):
+        images, problems = open_sample([str(source)], 10)
+        assert problems == []
+        assert [images.open(index)[0].size for index in range(len(images))] == [(32, 32)] * 10
+        assert [Path(images.name(index)).parent.name for index in range(10)] == list("0123456789")
+    assert len(open_sample([str(digits)], 1000)[0]) == 40
+
+
+def test_a_sample_of_files_and_folders(digits):
+    first = next((digits / "val" / "7").iterdir())
+    images, problems = open_sample([str(first), str(digits / "val" / "3"), "nowhere"], 100)
+    assert problems == ["no image at nowhere"]
+    assert images.name(0) == str(first)
+    assert len(images) == 5
+    with pytest.raises(InputError, match="no image at nowhere"):
+        open_sample(["nowhere"], 100)

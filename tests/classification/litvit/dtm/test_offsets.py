@@ -3,7 +3,7 @@ import torch
 from timm.models import create_model
 from torch import nn
 
-from litvit.dtm.offsets import merging_modules, predict_offsets, sampling_locations
+from litvit.dtm.offsets import OffsetStatistics, merging_modules, predict_offsets, sampling_locations
 from litvit.errors import InputError
 
 
@@ -154,3 +154,47 @@ def test_model_comes_back_as_it_was():
 def test_models_without_merging_modules_are_named():
     with pytest.raises(InputError, match="ResNet has no deformable token merging"):
         merging_modules(create_model("resnet18"))
+
+
+def test_statistics_are_those_of_all_offsets_at_once():
+    generator = torch.Generator().manual_seed(0)
+    offsets = [
+        scale * torch.randn(6, 4 * s, 3 * s, 8, generator=generator) for s, scale in ((4, 0.05), (2, 0.5), (1, 3.0))
+    ]
+    statistics = OffsetStatistics()
+    for start in range(0, 6, 4):
+        statistics.add([offset[start : start + 4] for offset in offsets])
+    assert statistics.images == 6
+    for found, offset, stride in zip(statistics.results(), offsets, (4, 8, 16), strict=True):
+        moves = offset.double().unflatten(-1, (4, 2))
+        lengths = stride * moves.norm(dim=-1).flatten()
+        assert found.stride == stride
+        assert found.mean == pytest.approx(lengths.mean().item(), rel=1e-9)
+        assert found.p95 == pytest.approx(lengths.quantile(0.95, interpolation="higher").item(), rel=2e-3)
+        places = moves + torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+        outside = ((places < -0.5) | (places > 1.5)).any(-1)
+        assert found.outside == pytest.approx(outside.double().mean().item(), rel=1e-9)
+        share = (lengths <= found.lengths[5000]).double().mean().item()
+        assert found.shares[5000].item() == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("move", "length", "outside"), [((0, 0), 0, 0), ((0.4, 0.3), 0.5, 0), ((0, -0.6), 0.6, 0.5), ((3, 4), 5, 1)]
+)
+def test_statistics_of_one_offset(move, length, outside):
+    """In the lengths of the last map's tokens, of 16 pixels. To the left by 0.6 tokens, two of four taps leave."""
+    offsets = zero_offsets()
+    offsets[2] += torch.tensor(move, dtype=torch.float64).repeat(4)
+    statistics = OffsetStatistics()
+    statistics.add(offsets)
+    found = statistics.results()
+    assert (found[0].mean, found[0].p95, found[0].outside) == (0, 0, 0)
+    assert (found[2].mean, found[2].outside) == (pytest.approx(16 * length), outside)
+    assert found[2].p95 == pytest.approx(16 * length, rel=1e-3)
+
+
+def test_statistics_of_broken_offsets():
+    offsets = zero_offsets()
+    offsets[1][0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        OffsetStatistics().add(offsets)
