@@ -80,6 +80,10 @@ def test_folders_patterns_and_stdin(digits, run, tmp_path, monkeypatch, run_main
     assert outcome.status == 0, outcome.err
     names = [row["image"] for row in csv.DictReader(io.StringIO(outcome.out))]
     assert names == ["a/9.PNG", "a/10.png", "a/b/[x].png", "other.png", "a/b/[x].png", "a/10.png"]
+    (tmp_path / "a/notes.txt").unlink()
+    outcome = run_main(predict, "a/**", "--checkpoint", run, "--format", "csv", "-j", 0)
+    names = [row["image"] for row in csv.DictReader(io.StringIO(outcome.out))]
+    assert sorted(names) == ["a/10.png", "a/9.PNG", "a/b/[x].png"]
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(digits_copy, run, tmp_path, run_main):

@@ -186,6 +186,8 @@ def find_images(sources: Sequence[str]) -> tuple[list[str], list[str]]:
         paths = [source] if os.path.lexists(source) else sorted(glob.glob(os.path.expanduser(source), recursive=True))
         if not paths:
             problems.append(f"no image at {printable(source)}")
+        if "**" in source:  # it names what is in the folders, too
+            paths = [path for path in paths if not os.path.isdir(path)]
         for path in paths:
             try:
                 inside = image_files(Path(path)) if os.path.isdir(path) else None
