@@ -38,13 +38,14 @@ def images(*size, batch=2):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "pvt_small"])
 def test_published_outputs(name, published, golden):
     model = timm.create_model(name).eval()
     assert model.load_state_dict(published(name)) == ([], [])
     expected, offsets = golden(name), []
     for stage in model.stages[1:]:
-        stage.downsample.offset.register_forward_hook(lambda module, args, output: offsets.append(output))
+        if name != "pvt_small":
+            stage.downsample.offset.register_forward_hook(lambda module, args, output: offsets.append(output))
     # The goldens' input: two images of numpy's standard normal numbers, seed 0.
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
     with torch.inference_mode():
