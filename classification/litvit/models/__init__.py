@@ -22,6 +22,7 @@ from litvit.models.lit import (
 )
 from litvit.models.lvt import LVT, lvt, lvt_cls
 from litvit.models.published import identify_model, translate_published
+from litvit.models.swin import swin_tiny_dtm
 
 __all__ = [
     "LIT",
@@ -46,5 +47,6 @@ __all__ = [
     "pvt_small_msa_no123",
     "pvt_small_msa_no1234",
     "pvt_tiny",
+    "swin_tiny_dtm",
     "translate_published",
 ]

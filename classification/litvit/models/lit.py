@@ -14,7 +14,6 @@ import math
 import re
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from litvit.attention import attend, relative_attention, relative_position_bias
 from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
+from litvit.dtm.merging import pad_tokens
 from litvit.errors import InputError
-from litvit.graphs import are_static
 from litvit.models.backbone import (
     Backbone,
     BackboneFeatures,
@@ -37,8 +36,8 @@ from litvit.models.backbone import (
 
 # Leaves of torch.fx's traces: their Python code depends on sizes, types and devices.
 torch.fx.wrap("_check_size")
-torch.fx.wrap("_pad")
 torch.fx.wrap("check_min_size")
+torch.fx.wrap("pad_tokens")
 torch.fx.wrap("relative_attention")
 torch.fx.wrap("relative_position_bias")
 torch.fx.wrap("resize_position_table")
@@ -78,7 +77,7 @@ class PatchEmbed(ConvMerging):
         super().__init__(in_chans, dim, size=4, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_pad(x.permute(0, 2, 3, 1), 4))
+        return super().forward(pad_tokens(x.permute(0, 2, 3, 1), 4))
 
 
 # Modules between stages, (B, H, W, in_dim) -> (B, H/2, W/2, dim): LIT's, PVT's, Swin's.
@@ -169,11 +168,12 @@ class SpatialReductionAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
-        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads = self.num_heads, C // self.num_heads
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)
         if self.sr is not None:
-            x = _pad(x.view(B, *grid, C), self.sr_ratio).permute(0, 3, 1, 2)
+            x = pad_tokens(x.view(B, *grid, C), self.sr_ratio).permute(0, 3, 1, 2)
             x = self.norm(self.sr(x).flatten(2).transpose(1, 2))
-        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = self.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v, None, self.attn_drop, self.fused_attn).transpose(1, 2)
         return self.proj_drop(self.proj(x.reshape(B, N, C)))
 
@@ -280,7 +280,7 @@ class Stage(nn.Module):
         With a class token, (1, 1, dim), which comes first, the result is (B, 1 + h*w, dim).
         """
         if self.downsample is not None:
-            x = self.downsample(_pad(x, 2))
+            x = self.downsample(pad_tokens(x, 2))
         B, h, w, C = x.shape
         if self.pos_embed is not None:
             x = x + resize_position_table(self.pos_embed, (h, w))
@@ -551,13 +551,6 @@ def _as_square(table: Tensor) -> Tensor:
     return table.unflatten(1, (side, side)) if table.shape[1] == side * side else table
 
 
-def _pad(x: Tensor, multiple: int) -> Tensor:
-    """Pad (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
-    # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
-    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
-    return x if are_static(bottom, right) and not (bottom or right) else F.pad(x, (0, 0, 0, right, 0, bottom))
-
-
 def _cfg(**kwargs) -> dict:
     return default_cfg(
         **{
@@ -706,7 +699,7 @@ def pvt_small_msa_no123(pretrained: bool = False, **kwargs) -> LIT | BackboneFea
 
 @register_model
 def pvt_small_msa_no1234(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
-    """The model `pvt_small_msa` without attention (Table 4). Its tokens' mean is pooled, since no class token would see them."""
+    """The model `pvt_small_msa` without attention (Table 4). No class token would see the image: the mean is pooled."""
     config = _without_attention(4) | {"class_token": False, "global_pool": "avg"}
     return create_backbone(LIT, "pvt_small_msa_no1234", pretrained, **(config | kwargs))
 
