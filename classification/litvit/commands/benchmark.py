@@ -32,7 +32,8 @@ The models of LIT's Table 1, and LVT: parameters, multiply-adds, images/s, peak 
 
 Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, in brackets
 the published ones (RTX 3090, batch 64). Training is forward, backward and AdamW; no model has stochastic depth;
-convolutional networks run channels-last, as their users run them. Memory (GPU only) is measured for one model at a time, with weights, gradients and optimizer.
+convolutional networks run channels-last, as their users run them. Memory (GPU only) is measured for one model at a
+time, with weights, gradients and optimizer.
 """
 DTM_HELP = """\
 Deformable token merging in the three shapes of a model, compared with a linear merge (2 x 2, stride 2) and with the

@@ -30,15 +30,13 @@ TINY = {
     "num_heads": (0, 0, 5, 8),
     "img_size": 64,
 }
+PVT = {**TINY, "arch": "pvt_small", "num_heads": (1, 2, 2, 4)}
 RELATIVE = {**TINY, "arch": "lit_s", "num_heads": (0, 0, 2, 2), "out_norms": (1, 2, 3)}
 DENSE = {
     "lit_ti_dense": {"type": "LIT"},
     "lit_s_dense": {"type": "LIT", "arch": "lit_s", "img_size": 800, "out_norms": (1, 2, 3)},
     "lvt_dense": {"type": "LVT"},
 }
-
-
-PVT = {**TINY, "arch": "pvt_small", "num_heads": (1, 2, 2, 4)}
 
 
 @pytest.mark.parametrize("registry", [mmdet.registry.MODELS, mmseg.registry.MODELS])
