@@ -25,7 +25,8 @@ from litvit.cli import ArgumentParser, run
 from litvit.errors import InputError
 
 MODELS = timm.list_models(module=["lit", "lvt"])
-WITH_CLASS_TOKEN = [name for name in MODELS if name not in ("lit_s", "lit_m", "lit_b")]  # as timm lists ViTs apart
+WITHOUT_CLASS_TOKEN = ("lit_s", "lit_m", "lit_b", "lit_s_plain", "pvt_small_msa_no1234")
+WITH_CLASS_TOKEN = [name for name in MODELS if name not in WITHOUT_CLASS_TOKEN]  # as timm lists ViTs apart
 MARKERS = ("base", "forward", "backward", "cfg", "cfg_nonstd", "torchscript", "features", "fxforward", "fxbackward")
 
 

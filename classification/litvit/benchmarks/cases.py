@@ -30,23 +30,28 @@ from litvit.models.lit import Attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# LIT, Table 1: images/s, training and test memory in MB, on an RTX 3090, batch 64. The paper's PVT-S is not in timm:
-# PVTv2-B2 stands for it, with about the same numbers of parameters and multiply-adds.
+# LIT, Table 1: images/s, training and test memory in MB, on an RTX 3090, batch 64.
 PUBLISHED = {
     "lit_ti": (1294, 5868, 1194),
     "lit_s": (1298, 5973, 1264),
     "lit_m": (638, 12248, 1473),
     "lit_b": (444, 16766, 2150),
+    "resnet18": (4454, 2812, 1511),
     "resnet50": (1279, 8051, 2908),
+    "resnet101": (722, 10710, 3053),
+    "deit_tiny_patch16_224": (3398, 2170, 314),
     "deit_small_patch16_224": (1551, 4550, 713),
     "deit_base_patch16_224": (582, 10083, 1939),
-    "pvt_v2_b2": (1007, 6996, 1356),
+    "pvt_tiny": (1768, 4316, 1269),
+    "pvt_small": (1007, 6996, 1356),
+    "pvt_medium": (680, 9546, 1506),
+    "pvt_large": (481, 13343, 1637),
     "swin_tiny_patch4_window7_224": (961, 6211, 1493),
     "swin_small_patch4_window7_224": (582, 9957, 1697),
     "swin_base_patch4_window7_224": (386, 13705, 2453),
 }
 COUNTERPARTS = {
-    "lit_ti": "pvt_v2_b2",
+    "lit_ti": "pvt_small",
     "lit_s": "swin_tiny_patch4_window7_224",
     "lit_m": "swin_small_patch4_window7_224",
     "lit_b": "swin_base_patch4_window7_224",

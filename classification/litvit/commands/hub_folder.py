@@ -44,6 +44,13 @@ CITATIONS = {
   booktitle={AAAI},
   year={2022}
 }""",
+    "arXiv:2102.12122": """@inproceedings{wang2021pyramid,
+  title={Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions},
+  author={Wang, Wenhai and Xie, Enze and Li, Xiang and Fan, Deng-Ping and Song, Kaitao and Liang, Ding and Lu, Tong and
+    Luo, Ping and Shao, Ling},
+  booktitle={ICCV},
+  year={2021}
+}""",
     "arXiv:2112.10809": """@inproceedings{yang2022lite,
   title={Lite Vision Transformer with Enhanced Self-Attention},
   author={Yang, Chenglin and Wang, Yilin and Zhang, Jianming and Zhang, He and Wei, Zijun and Lin, Zhe and

@@ -2,5 +2,6 @@
 
 from litvit.dtm.deform_conv import deform_conv_tokens
 from litvit.dtm.merging import DeformableTokenMerging, offset_parameters
+from litvit.dtm.replacing import replace_merging
 
-__all__ = ["DeformableTokenMerging", "deform_conv_tokens", "offset_parameters"]
+__all__ = ["DeformableTokenMerging", "deform_conv_tokens", "offset_parameters", "replace_merging"]

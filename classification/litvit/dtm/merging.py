@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from litvit.dtm.deform_conv import deform_conv_tokens, sample_map
+from litvit.graphs import are_static
 
 # Leaves of torch.fx's traces: their Python code depends on shapes, types and devices.
 torch.fx.wrap("_check_tokens")
@@ -125,6 +126,13 @@ def _fold_norm(
     if norm_shift is not None:
         shift = shift + norm_shift
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def pad_tokens(x: Tensor, multiple: int) -> Tensor:
+    """Pad tokens (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
+    # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
+    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
+    return x if are_static(bottom, right) and not (bottom or right) else F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
 def offset_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -371,7 +371,7 @@ def create_backbone(
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     of_timm = cfg.source or cfg.state_dict or (cfg.hf_hub_id and not cfg.file)  # sources that timm reads well
-    ours = pretrained and not of_timm and (cfg.file or cfg.url or cfg.origin_url)
+    ours = pretrained and not of_timm
     if ours:  # timm's downloads may be cut off, and its reader refuses what others save beside weights
         file = fetch(cfg.file or published_weights(cfg), kwargs.get("cache_dir"))
         overlay = {**overlay, "file": str(file), "custom_load": True}
@@ -404,6 +404,8 @@ def published_weights(cfg: PretrainedCfg) -> str:
         return cfg.url
     file = cache_folder() / f"{cfg.architecture.removesuffix('_cls')}.pth"
     if not file.is_file():
+        if not cfg.origin_url:
+            raise InputError(f"no weights of {cfg.architecture} are published: build it with pretrained=False")
         raise InputError(
             f"the weights of {cfg.architecture} lie behind a page that no program can fetch: {cfg.origin_url} leads to "
             f"the ImageNet checkpoint, save it as {file}"

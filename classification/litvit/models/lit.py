@@ -3,6 +3,9 @@
 Four stages at strides 4, 8, 16 and 32. The first two hold MLP blocks only, the last two hold transformer blocks with
 attention over all tokens; between stages deformable token merging joins 2 x 2 tokens.
 
+PVT ("Pyramid Vision Transformer", Wang et al., ICCV 2021, arXiv:2102.12122) and the models of the paper's ablations
+are the same class with another attention and another merging.
+
 Shape letters: B images, (H, W) image or map size, (h, w) map size after merging, C channels, N = h*w tokens (one more
 with a class token). Tokens stay channels-last, (B, H, W, C), from the patch embedding on.
 """
@@ -11,16 +14,16 @@ import math
 import re
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from litvit.attention import attend, relative_attention, relative_position_bias
 from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
+from litvit.dtm.merging import pad_tokens
 from litvit.errors import InputError
-from litvit.graphs import are_static
 from litvit.models.backbone import (
     Backbone,
     BackboneFeatures,
@@ -33,14 +36,14 @@ from litvit.models.backbone import (
 
 # Leaves of torch.fx's traces: their Python code depends on sizes, types and devices.
 torch.fx.wrap("_check_size")
-torch.fx.wrap("_pad")
 torch.fx.wrap("check_min_size")
+torch.fx.wrap("pad_tokens")
 torch.fx.wrap("relative_attention")
 torch.fx.wrap("relative_position_bias")
 torch.fx.wrap("resize_position_table")
 torch.fx.wrap("resize_relative_table")
 
-# Published names, LIT-Ti's (patch_embed2, block1, ...) and those of LIT-S, M and B (layers.0.downsample, ...).
+# Published names, those of LIT-Ti and PVT (patch_embed2, block1, ...) and of LIT-S, M and B (layers.0.downsample, ...).
 _PUBLISHED_NAMES = [
     (r"^patch_embed1\.", "patch_embed."),
     (r"^patch_embed([2-4])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
@@ -55,17 +58,30 @@ _PUBLISHED_NAMES = [
 ]
 
 
-class PatchEmbed(nn.Module):
-    """Embed 4 x 4 patches: (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim)."""
+class ConvMerging(nn.Module):
+    """Merge size x size tokens by a convolution and a LayerNorm: (B, H, W, in_dim) -> (B, H/size, W/size, dim)."""
 
-    def __init__(self, in_chans: int, dim: int, **dd) -> None:
+    def __init__(self, in_dim: int, dim: int, size: int = 2, **dd) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd)
+        self.proj = nn.Conv2d(in_dim, dim, kernel_size=size, stride=size, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _pad(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchEmbed(ConvMerging):
+    """Embed 4 x 4 patches: (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim)."""
+
+    def __init__(self, in_chans: int, dim: int, **dd) -> None:
+        super().__init__(in_chans, dim, size=4, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad_tokens(x.permute(0, 2, 3, 1), 4))
+
+
+# Modules between stages, (B, H, W, in_dim) -> (B, H/2, W/2, dim): LIT's, PVT's, Swin's.
+MERGING = {"dtm": DeformableTokenMerging, "conv": ConvMerging, "linear": PatchMerging}
 
 
 class Attention(nn.Module):
@@ -118,11 +134,55 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.reshape(B, N, C)))
 
 
+class SpatialReductionAttention(nn.Module):
+    """Multi-head attention from all tokens to a map that is smaller by `sr_ratio` per side (PVT, section 3.3).
+
+    A convolution and a LayerNorm reduce the map. It is padded right and below with zeros where `sr_ratio` does not
+    divide it. With `sr_ratio=1` nothing is reduced, and a class token may come before the map's tokens.
+
+    Args:
+        dim: Number of channels.
+        num_heads: Number of heads.
+        sr_ratio: Ratio of the map's height and width to those of the reduced map.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, sr_ratio: int, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.fused_attn = use_fused_attn()
+        self.q = nn.Linear(dim, dim, **dd)
+        self.sr = self.norm = None
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd)
+            self.norm = nn.LayerNorm(dim, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        B, N, C = x.shape
+        heads = self.num_heads, C // self.num_heads
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)
+        if self.sr is not None:
+            x = pad_tokens(x.view(B, *grid, C), self.sr_ratio).permute(0, 3, 1, 2)
+            x = self.norm(self.sr(x).flatten(2).transpose(1, 2))
+        k, v = self.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = attend(q, k, v, None, self.attn_drop, self.fused_attn).transpose(1, 2)
+        return self.proj_drop(self.proj(x.reshape(B, N, C)))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block on tokens (B, N, C) of a map of size `grid`.
 
     With `num_heads=0` the attention is left out, as in the MLP blocks of the first stages (LIT, "Block designs"). Their
-    only norm keeps the published name, `norm2`.
+    only norm keeps the published name, `norm2`. With `sr_ratio=0` attention is over all tokens, else reduced.
     """
 
     def __init__(
@@ -135,13 +195,17 @@ class Block(nn.Module):
         norm_eps: float,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        sr_ratio: int = 0,
         **dd,
     ) -> None:
         super().__init__()
         self.attn = None
         if num_heads:
             self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
-            self.attn = Attention(dim, num_heads, table_size, attn_drop, proj_drop, **dd)
+            if sr_ratio:
+                self.attn = SpatialReductionAttention(dim, num_heads, sr_ratio, attn_drop, proj_drop, **dd)
+            else:
+                self.attn = Attention(dim, num_heads, table_size, attn_drop, proj_drop, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -153,7 +217,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """One stage: deformable token merging (except in the first), optional absolute position embedding, blocks.
+    """One stage: token merging (except in the first), optional absolute position embedding, blocks.
 
     Args:
         in_dim: Number of input channels, None for the first stage, which does not merge.
@@ -166,6 +230,8 @@ class Stage(nn.Module):
         norm_eps: Epsilon of the LayerNorms.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the outputs of attention and MLPs.
+        sr_ratio: Reduction of the attention's map per side, 0 for attention over all tokens.
+        merging: Kind of merging, a key of MERGING.
         **dd: Device and dtype of the parameters and buffers.
     """
 
@@ -181,18 +247,20 @@ class Stage(nn.Module):
         norm_eps: float,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        sr_ratio: int = 0,
+        merging: str = "dtm",
         **dd,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = None if in_dim is None else DeformableTokenMerging(in_dim, dim, **dd)
+        self.downsample = None if in_dim is None else MERGING[merging](in_dim, dim, **dd)
         self.pos_embed = None
         if position == "absolute":
             self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim, **dd))
             trunc_normal_(self.pos_embed, std=0.02)
         table_size = grid if position == "relative" else None
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, table_size, drop_path, norm_eps, attn_drop, proj_drop, **dd)
+            Block(dim, num_heads, mlp_ratio, table_size, drop_path, norm_eps, attn_drop, proj_drop, sr_ratio, **dd)
             for drop_path in drop_paths
         )
 
@@ -201,7 +269,7 @@ class Stage(nn.Module):
         if self.pos_embed is not None:
             self.pos_embed = _like(self.pos_embed, resize_position_table(self.pos_embed.detach(), grid))
         for block in self.blocks:
-            table = None if block.attn is None else block.attn.relative_position_bias_table
+            table = getattr(block.attn, "relative_position_bias_table", None)
             if table is not None:
                 resized = _like(table, resize_relative_table(table.detach(), grid))
                 block.attn.relative_position_bias_table = resized
@@ -212,7 +280,7 @@ class Stage(nn.Module):
         With a class token, (1, 1, dim), which comes first, the result is (B, 1 + h*w, dim).
         """
         if self.downsample is not None:
-            x = self.downsample(_pad(x, 2))
+            x = self.downsample(pad_tokens(x, 2))
         B, h, w, C = x.shape
         if self.pos_embed is not None:
             x = x + resize_position_table(self.pos_embed, (h, w))
@@ -225,6 +293,8 @@ class Stage(nn.Module):
 
 class LIT(Backbone):
     """Less attention vision transformer, as classifier or dense backbone, with the interface of timm's models.
+
+    `num_heads`, `sr_ratios` and `merging` lead from LIT to PVT and to the models of the paper's ablations.
 
     Classification takes images of `img_size` only. Dense use (`forward_intermediates`, `features_only=True`) takes any
     size from 32 up. Images and maps are padded right and below with zeros where a stride does not divide them, so the
@@ -246,13 +316,17 @@ class LIT(Backbone):
         drop_rate: Dropout rate before the classifier.
         proj_drop_rate: Dropout rate of the outputs of attention and MLPs.
         attn_drop_rate: Dropout rate of the attention weights.
+        sr_ratios: Spatial reduction of each stage's attention: 0 for attention over all tokens, as in LIT, else the
+            ratio per side of the map to that of the keys and values, as in PVT, which has no relative position bias.
+        merging: Token merging between stages: "dtm" (deformable, LIT's), "conv" (2 x 2 convolution and LayerNorm, PVT's
+            patch embedding) or "linear" (Swin's patch merging).
         drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0 at the first block.
         out_norms: Indices of stages whose dense output gets a LayerNorm of its own. The next stage reads it without.
         device: Device of the parameters and buffers.
         dtype: Type of the parameters and buffers.
 
     Raises:
-        InputError: img_size, global_pool, position, num_heads or out_norms does not fit.
+        InputError: img_size, global_pool, position, num_heads, sr_ratios, merging or out_norms does not fit.
     """
 
     def __init__(
@@ -273,6 +347,8 @@ class LIT(Backbone):
         out_norms: tuple[int, ...] = (),
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
+        sr_ratios: tuple[int, ...] = (0, 0, 0, 0),
+        merging: str = "dtm",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -283,6 +359,14 @@ class LIT(Backbone):
             raise InputError(f"position must be 'absolute' or 'relative', got {position!r}")
         if any(heads and dim % heads for dim, heads in zip(dims, num_heads, strict=True)):
             raise InputError(f"num_heads {tuple(num_heads)} must divide dims {tuple(dims)}, 0 for stages of MLP blocks")
+        if len(sr_ratios) < len(dims) or min(sr_ratios) < 0:
+            raise InputError(f"sr_ratios must be a number from 0 for each stage, got {tuple(sr_ratios)}")
+        if any(sr_ratios) and position == "relative":
+            raise InputError(f"sr_ratios {tuple(sr_ratios)} need position='absolute'; for 'relative' leave them out")
+        if class_token and sr_ratios[len(dims) - 1] > 1:
+            raise InputError(f"sr_ratios must be 0 or 1 in the stage of the class token, got {tuple(sr_ratios)}")
+        if merging not in MERGING:
+            raise InputError(f"merging must be one of {', '.join(map(repr, MERGING))}, got {merging!r}")
         self._set_global_pool(global_pool)
 
         self.patch_embed = PatchEmbed(in_chans, dims[0], **dd)
@@ -299,6 +383,8 @@ class LIT(Backbone):
                 norm_eps=norm_eps,
                 attn_drop=attn_drop_rate,
                 proj_drop=proj_drop_rate,
+                sr_ratio=sr_ratios[i],
+                merging=merging,
                 **dd,
             )
             for i in range(len(dims))
@@ -465,55 +551,77 @@ def _as_square(table: Tensor) -> Tensor:
     return table.unflatten(1, (side, side)) if table.shape[1] == side * side else table
 
 
-def _pad(x: Tensor, multiple: int) -> Tensor:
-    """Pad (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
-    # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
-    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
-    return x if are_static(bottom, right) and not (bottom or right) else F.pad(x, (0, 0, 0, right, 0, bottom))
-
-
-def _cfg(name: str) -> dict:
+def _cfg(**kwargs) -> dict:
     return default_cfg(
-        url=f"https://github.com/ziplab/LIT/releases/download/v1.0/{name}.pth",
-        origin_url="https://github.com/ziplab/LIT",
-        paper_name="Less is More: Pay Less Attention in Vision Transformers",
-        paper_ids="arXiv:2105.14217",
-        fixed_input_size=True,
-        first_conv="patch_embed.proj",
+        **{
+            "paper_name": "Less is More: Pay Less Attention in Vision Transformers",
+            "paper_ids": "arXiv:2105.14217",
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            **kwargs,
+        }
     )
 
 
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in ("lit_ti", "lit_s", "lit_m", "lit_b")})
+def _published(name: str) -> dict:
+    return _cfg(
+        url=f"https://github.com/ziplab/LIT/releases/download/v1.0/{name}.pth",
+        origin_url="https://github.com/ziplab/LIT",
+    )
+
+
+_PVT_PAPER = {
+    "paper_name": "Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions",
+    "paper_ids": "arXiv:2102.12122",
+}
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k": _published(name) for name in ("lit_ti", "lit_s", "lit_m", "lit_b")}
+    | {
+        f"pvt_{size}.in1k": _cfg(**_PVT_PAPER, origin_url="https://arxiv.org/abs/2102.12122")
+        for size in ("tiny", "small", "medium", "large")
+    }
+    | {"pvt_small_msa.in1k": _cfg(origin_url="https://github.com/ziplab/LIT")}
+    | {
+        name: _cfg()
+        for name in (
+            *("lit_ti_plain", "lit_s_plain", "pvt_small_dtm"),
+            *(f"pvt_small_msa_no{stages}" for stages in ("1", "12", "123", "1234")),
+        )
+    }
+)
+
+_LIT_TI = {
+    "dims": (64, 128, 320, 512),
+    "depths": (3, 4, 6, 3),
+    "num_heads": (0, 0, 5, 8),
+    "mlp_ratios": (8, 8, 4, 4),
+    "position": "absolute",
+    "class_token": True,
+    "global_pool": "token",
+    "norm_eps": 1e-6,
+}
+_LIT_S = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "num_heads": (0, 0, 12, 24)}
+_PVT_SMALL_MSA = _LIT_TI | {"num_heads": (1, 2, 5, 8), "merging": "conv"}
+_PVT_SMALL = _PVT_SMALL_MSA | {"sr_ratios": (8, 4, 2, 1)}
 
 
 @register_model
 def lit_ti(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-Ti: class token, absolute position; 19.9 M parameters, 3.6 G multiply-adds at 224."""
-    config = {
-        "dims": (64, 128, 320, 512),
-        "depths": (3, 4, 6, 3),
-        "num_heads": (0, 0, 5, 8),
-        "mlp_ratios": (8, 8, 4, 4),
-        "position": "absolute",
-        "class_token": True,
-        "global_pool": "token",
-        "norm_eps": 1e-6,
-    }
-    return create_backbone(LIT, "lit_ti", pretrained, **(config | kwargs))
+    return create_backbone(LIT, "lit_ti", pretrained, **(_LIT_TI | kwargs))
 
 
 @register_model
 def lit_s(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-S: relative position, mean pooling; 28.0 M parameters, 4.1 G multiply-adds at 224."""
-    config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "num_heads": (0, 0, 12, 24)}
-    return create_backbone(LIT, "lit_s", pretrained, **(config | kwargs))
+    return create_backbone(LIT, "lit_s", pretrained, **(_LIT_S | kwargs))
 
 
 @register_model
 def lit_m(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-M: LIT-S with 18 blocks in stage 3; 49.4 M parameters, 8.6 G multiply-adds at 224."""
-    config = {"dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 12, 24)}
-    return create_backbone(LIT, "lit_m", pretrained, **(config | kwargs))
+    return create_backbone(LIT, "lit_m", pretrained, **(_LIT_S | {"depths": (2, 2, 18, 2)} | kwargs))
 
 
 @register_model
@@ -521,3 +629,81 @@ def lit_b(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
     """LIT-B: LIT-M with wider stages; 87.3 M parameters, 15.0 G multiply-adds at 224."""
     config = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
     return create_backbone(LIT, "lit_b", pretrained, **(config | kwargs))
+
+
+@register_model
+def lit_ti_plain(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """LIT-Ti* of Table 2: LIT-Ti with PVT's convolutions in place of deformable merging."""
+    return create_backbone(LIT, "lit_ti_plain", pretrained, **(_LIT_TI | {"merging": "conv"} | kwargs))
+
+
+@register_model
+def lit_s_plain(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """LIT-S* of Table 2: LIT-S with Swin's patch merging in place of deformable merging."""
+    return create_backbone(LIT, "lit_s_plain", pretrained, **(_LIT_S | {"merging": "linear"} | kwargs))
+
+
+@register_model
+def pvt_tiny(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """PVT-Tiny: 13.2 M parameters, 1.9 G multiply-adds at 224."""
+    return create_backbone(LIT, "pvt_tiny", pretrained, **(_PVT_SMALL | {"depths": (2, 2, 2, 2)} | kwargs))
+
+
+@register_model
+def pvt_small(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """PVT-Small: 24.5 M parameters, 3.8 G multiply-adds at 224."""
+    return create_backbone(LIT, "pvt_small", pretrained, **(_PVT_SMALL | kwargs))
+
+
+@register_model
+def pvt_medium(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """PVT-Medium: 44.2 M parameters, 6.7 G multiply-adds at 224."""
+    return create_backbone(LIT, "pvt_medium", pretrained, **(_PVT_SMALL | {"depths": (3, 4, 18, 3)} | kwargs))
+
+
+@register_model
+def pvt_large(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """PVT-Large: 61.4 M parameters, 9.8 G multiply-adds at 224."""
+    return create_backbone(LIT, "pvt_large", pretrained, **(_PVT_SMALL | {"depths": (3, 8, 27, 3)} | kwargs))
+
+
+@register_model
+def pvt_small_dtm(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """PVT-Small with deformable token merging (Table 3)."""
+    return create_backbone(LIT, "pvt_small_dtm", pretrained, **(_PVT_SMALL | {"merging": "dtm"} | kwargs))
+
+
+@register_model
+def pvt_small_msa(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """PVT-Small with attention over all tokens (Table 4); 20.2 M parameters, 8.4 G multiply-adds at 224."""
+    return create_backbone(LIT, "pvt_small_msa", pretrained, **(_PVT_SMALL_MSA | kwargs))
+
+
+@register_model
+def pvt_small_msa_no1(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """The model `pvt_small_msa` without the attention of stage 1 (Table 4)."""
+    return create_backbone(LIT, "pvt_small_msa_no1", pretrained, **(_without_attention(1) | kwargs))
+
+
+@register_model
+def pvt_small_msa_no12(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """The model `pvt_small_msa` without the attention of stages 1 and 2 (Table 4). It is `lit_ti_plain`."""
+    return create_backbone(LIT, "pvt_small_msa_no12", pretrained, **(_without_attention(2) | kwargs))
+
+
+@register_model
+def pvt_small_msa_no123(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """The model `pvt_small_msa` without the attention of stages 1 to 3 (Table 4)."""
+    return create_backbone(LIT, "pvt_small_msa_no123", pretrained, **(_without_attention(3) | kwargs))
+
+
+@register_model
+def pvt_small_msa_no1234(pretrained: bool = False, **kwargs) -> LIT | BackboneFeatures:
+    """The model `pvt_small_msa` without attention (Table 4). No class token would see the image: the mean is pooled."""
+    config = _without_attention(4) | {"class_token": False, "global_pool": "avg"}
+    return create_backbone(LIT, "pvt_small_msa_no1234", pretrained, **(config | kwargs))
+
+
+def _without_attention(stages: int) -> dict:
+    """Return the configuration of `pvt_small_msa` without the attention of the first stages."""
+    return _PVT_SMALL_MSA | {"num_heads": (0,) * stages + _PVT_SMALL_MSA["num_heads"][stages:]}

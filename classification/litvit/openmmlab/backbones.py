@@ -35,7 +35,7 @@ class MMBackbone(BaseModule):
         InputError: An unknown arch, or arguments that do not fit it.
     """
 
-    family = ""  # pattern of the models' names, for timm.list_models
+    family: str | tuple[str, ...] = ""  # patterns of the models' names, for timm.list_models
 
     def __init__(
         self,
@@ -123,11 +123,13 @@ class MMBackbone(BaseModule):
 class LIT(MMBackbone):
     """LIT (`arch`: lit_ti, lit_s, lit_m, lit_b) as backbone of mmdet and mmseg, see `MMBackbone`.
 
+    PVT (pvt_tiny, pvt_small, pvt_medium, pvt_large) and the models of the paper's ablations are other values of `arch`.
+
     For models with relative position tables `img_size` is the image size of the tables, 800 in the published detectors
     and 512 in the published segmentors; `out_norms` are the stages whose maps get a LayerNorm.
     """
 
-    family = "lit_*"
+    family = ("lit_*", "pvt_tiny", "pvt_small*", "pvt_medium", "pvt_large")
 
     def __init__(self, arch: str = "lit_ti", **kwargs) -> None:
         super().__init__(arch, **kwargs)

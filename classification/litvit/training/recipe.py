@@ -25,7 +25,14 @@ from litvit.training.model import find_weights
 
 WEIGHTS_KNOW = ("model", "img_size", "in_chans", "exif_transpose", "crop_pct", "interpolation", "mean", "std")
 RECIPES = Path(__file__).parents[1] / "recipes"
-RECIPE_OF = {"lvt_cls": "lvt"}  # a model's name in old commands
+# Models that train as another one does: one under a second name, and the models of the paper's tables.
+RECIPE_OF = {
+    "lvt_cls": "lvt",
+    "lit_ti_plain": "lit_ti",
+    **dict.fromkeys(("lit_s_plain", "swin_tiny_dtm"), "lit_s"),
+    **dict.fromkeys(("pvt_tiny", "pvt_medium", "pvt_large", "pvt_small_dtm", "pvt_small_msa"), "pvt_small"),
+    **dict.fromkeys((f"pvt_small_msa_no{stages}" for stages in ("1", "12", "123", "1234")), "pvt_small"),
+}
 ONLY_ON_THE_COMMAND_LINE = ("data_dir", "config", "cfg", "resume", "dry_run", "help", "traceback")
 
 

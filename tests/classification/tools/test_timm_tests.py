@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 CLASSIFICATION = Path(__file__).parents[3] / "classification"
+PVT = "pvt_large, pvt_medium, pvt_small, pvt_small_dtm, pvt_small_msa, pvt_small_msa_no1, "
+PVT += "pvt_small_msa_no12, pvt_small_msa_no123, {}pvt_tiny"
+EVERY = "lit_m, lit_s, lit_s_plain, lit_ti, lit_ti_plain, lvt, lvt_cls, " + PVT.format("pvt_small_msa_no1234, ")
 TESTS = """
 import pytest
 import torch
@@ -59,10 +62,10 @@ def test_runs_the_tests_with_our_models_and_prints_a_table(tmp_path):
     done = run(tmp_path, "-q")
     rows = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.startswith("test_")]
     assert rows == [
-        ["test_standard", "passed", "lit_b, lit_m, lit_s"],
-        ["test_nonstandard", "passed", "lit_ti, lvt, lvt_cls"],
+        ["test_standard", "passed", "lit_b, lit_m, lit_s, lit_s_plain, pvt_small_msa_no1234"],
+        ["test_nonstandard", "passed", f"lit_ti, lit_ti_plain, lvt, lvt_cls, {PVT.format('')}"],
         ["test_every", "failed", "lit_b"],
-        ["test_every", "passed", "lit_m, lit_s, lit_ti, lvt, lvt_cls"],
+        ["test_every", "passed", EVERY],
         ["test_torchscript", "xfailed", "lit_s"],
     ]
     assert done.returncode == 1

@@ -15,6 +15,7 @@ from litvit.errors import InputError
 SMALL = {
     "lit_ti": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "lit_s": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
+    "pvt_small": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 4)},
     "lvt": {"dims": (8, 8, 16, 32), "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 4), "class_heads": 4},
 }
 SHALLOW = {"depths": (1, 1, 1, 1), "dims": (96, 32, 32, 32), "num_heads": (0, 0, 2, 2)}
@@ -46,7 +47,8 @@ def test_batches_of_any_number():
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [("lit_ti", None), ("lit_s", None), ("lit_s", "plain"), ("lit_s", "sdpa"), ("lvt", None)]
+    ("name", "path"),
+    [("lit_ti", None), ("lit_s", None), ("lit_s", "plain"), ("lit_s", "sdpa"), ("lvt", None), ("pvt_small", None)],
 )
 def test_no_images(name, path, monkeypatch):
     if path:

@@ -24,6 +24,11 @@ PUBLISHED = {  # parameters, multiply-adds in 10^9
 TOKEN = {"position": "absolute", "class_token": True, "global_pool": "token"}
 
 
+# Choices per stage that lead from LIT to PVT and the paper's ablations.
+PVT = {**TOKEN, "num_heads": (1, 1, 2, 4), "sr_ratios": (8, 4, 2, 1), "merging": "conv"}
+PLAIN = {"merging": "linear"}
+
+
 def tiny(**kwargs):
     torch.manual_seed(0)
     config = {"img_size": 64, "num_classes": 5, "dims": (8, 16, 32, 64), "depths": (1, 1, 2, 1)}
@@ -38,13 +43,14 @@ def images(*size, batch=2):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "pvt_small"])
 def test_published_outputs(name, published, golden):
     model = timm.create_model(name).eval()
     assert model.load_state_dict(published(name)) == ([], [])
     expected, offsets = golden(name), []
     for stage in model.stages[1:]:
-        stage.downsample.offset.register_forward_hook(lambda module, args, output: offsets.append(output))
+        if name != "pvt_small":
+            stage.downsample.offset.register_forward_hook(lambda module, args, output: offsets.append(output))
     # The goldens' input: two images of numpy's standard normal numbers, seed 0.
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
     with torch.inference_mode():
@@ -63,7 +69,7 @@ def test_published_parameters_and_multiply_adds(name):
     assert abs(count_macs(model) / 1e9 / macs - 1) < 0.01
 
 
-@pytest.mark.parametrize("kwargs", [{}, TOKEN])
+@pytest.mark.parametrize("kwargs", [{}, TOKEN, PVT, PLAIN])
 def test_training_and_evaluation_attend_alike(kwargs):
     model = tiny(**kwargs).eval()
     x = images(64, 64)
@@ -72,7 +78,7 @@ def test_training_and_evaluation_attend_alike(kwargs):
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kwargs", [{}, TOKEN])
+@pytest.mark.parametrize("kwargs", [{}, TOKEN, PVT, PLAIN])
 @pytest.mark.parametrize("size", [(32, 32), (33, 97), (70, 50), (128, 64)])
 def test_dense_maps_have_their_strides_at_any_size(kwargs, size):
     model = tiny(**kwargs).eval()
@@ -81,6 +87,41 @@ def test_dense_maps_have_their_strides_at_any_size(kwargs, size):
     for i, out in enumerate(maps):
         stride = 4 * 2**i
         assert out.shape == (2, model.feature_info[i]["num_chs"], -(-size[0] // stride), -(-size[1] // stride))
+
+
+def test_reduced_attention_is_attention_to_the_reduced_map():
+    """Attention over all tokens of the reduced map, in float64; what an odd map lacks is zeros."""
+    attention, x = tiny(**PVT).double().stages[1].blocks[0].attn, images(6, 7).double()
+    x = F.conv2d(x, torch.randn(16, 3, 1, 1, dtype=torch.float64)).flatten(2).transpose(1, 2)
+    maps = F.pad(x.transpose(1, 2).unflatten(2, (6, 7)), (0, 1, 0, 2))
+    reduced = F.conv2d(maps, attention.sr.weight, attention.sr.bias, stride=4).flatten(2).transpose(1, 2)
+    k, v = attention.kv(attention.norm(reduced)).chunk(2, -1)
+    weights = (attention.q(x) @ k.transpose(1, 2) / 4).softmax(-1)  # one head of 16 channels
+    torch.testing.assert_close(attention(x, (6, 7)), attention.proj(weights @ v))
+
+
+def test_what_tells_the_ablations_apart():
+    """Table 2: merging. Table 3: DTM in PVT. Table 4: attention over all tokens, and none in some stages."""
+    models = {}
+    for name in timm.list_models(["lit_*", "pvt_small*"]):
+        with torch.device("meta"):
+            models[name] = timm.create_model(name)
+    kinds = {name: [type(s.blocks[0].attn).__name__ for s in model.stages] for name, model in models.items()}
+    full, none = "Attention", "NoneType"
+    assert kinds["pvt_small"] == kinds["pvt_small_dtm"] == ["SpatialReductionAttention"] * 4
+    assert kinds["lit_ti"] == kinds["lit_ti_plain"] == kinds["lit_s_plain"] == [none, none, full, full]
+    for name, removed in (("", 0), ("_no1", 1), ("_no12", 2), ("_no123", 3), ("_no1234", 4)):
+        assert kinds[f"pvt_small_msa{name}"] == [none] * removed + [full] * (4 - removed)
+    merging = {name: {type(stage.downsample).__name__ for stage in m.stages[1:]} for name, m in models.items()}
+    assert merging["pvt_small_dtm"] == merging["lit_s"] == {"DeformableTokenMerging"}
+    assert merging["lit_s_plain"] == {"PatchMerging"}
+    assert merging["lit_ti_plain"] == merging["pvt_small"] == merging["pvt_small_msa_no1"] == {"ConvMerging"}
+
+
+def test_without_any_attention_the_classifier_sees_the_image():
+    model = timm.create_model("pvt_small_msa_no1234", img_size=64, num_classes=5, dims=(8, 16, 32, 64)).eval()
+    first, second = model(images(64, 64))
+    assert not torch.allclose(first, second, rtol=1e-6, atol=1e-6)
 
 
 def test_dense_padding_is_the_same_as_zeros_around():
@@ -229,6 +270,11 @@ def test_autocast_and_low_precision(kwargs, dtype):
         (lambda: tiny(img_size=0), "multiple of 32"),
         (lambda: tiny(global_pool="token"), "global_pool must be one of 'avg', 'max', ''"),
         (lambda: tiny(out_norms=(4,)), "out_norms must be stages from 0 to 3"),
+        (lambda: tiny(merging="max"), "merging must be one of 'dtm', 'conv', 'linear', got 'max'"),
+        (lambda: tiny(**TOKEN, sr_ratios=(8, 4)), "sr_ratios must be a number from 0 for each stage"),
+        (lambda: tiny(**TOKEN, sr_ratios=(8, 4, 2, -1)), "sr_ratios must be a number from 0 for each stage"),
+        (lambda: tiny(**TOKEN, sr_ratios=(8, 4, 2, 2)), "sr_ratios must be 0 or 1 in the stage of the class token"),
+        (lambda: tiny(sr_ratios=(8, 4, 2, 1)), "need position='absolute'"),
         (lambda: tiny()(images(64, 96)), r"got 64 x 96: resize them, or build it with img_size=\(64, 96\)"),
         (lambda: tiny().forward_intermediates(images(31, 64)), "32 pixels or more"),
         (lambda: tiny().forward_intermediates(images(64, 64), output_fmt="NLC"), "output_fmt must be"),

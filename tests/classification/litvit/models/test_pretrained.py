@@ -110,6 +110,15 @@ def test_weights_that_no_program_can_fetch(weights, monkeypatch, tmp_path):
     assert not torch.equal(first["head.weight"], timm.create_model("lvt").head.weight)
 
 
+def test_weights_of_others_and_of_no_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name, origin in (("pvt_small", "arxiv.org/abs/2102.12122"), ("pvt_small_msa", "github.com/ziplab/LIT")):
+        with pytest.raises(InputError, match=f"{origin} leads to .* save it as {tmp_path}.*/{name}.pth"):
+            timm.create_model(name, pretrained=True)
+    with pytest.raises(InputError, match="no weights of lit_ti_plain are published"):
+        timm.create_model("lit_ti_plain", pretrained=True)
+
+
 def test_hub_folders(tmp_path):
     for name, kwargs in (("lit_ti", {"img_size": 64}), ("lit_s", {"img_size": 64}), ("lvt", {})):
         model = timm.create_model(name, num_classes=3, in_chans=1, **kwargs).eval()

@@ -30,6 +30,7 @@ TINY = {
     "num_heads": (0, 0, 5, 8),
     "img_size": 64,
 }
+PVT = {**TINY, "arch": "pvt_small", "num_heads": (1, 2, 2, 4)}
 RELATIVE = {**TINY, "arch": "lit_s", "num_heads": (0, 0, 2, 2), "out_norms": (1, 2, 3)}
 DENSE = {
     "lit_ti_dense": {"type": "LIT"},
@@ -147,7 +148,7 @@ def gradients(backbone):
     return {name: parameter.grad for name, parameter in backbone.named_parameters()}
 
 
-@pytest.mark.parametrize("config", [TINY, RELATIVE, {"type": "LVT"}])
+@pytest.mark.parametrize("config", [TINY, RELATIVE, PVT, {"type": "LVT"}])
 def test_every_parameter_gets_a_gradient_also_with_checkpointing(config):
     backbone = MODELS.build(config).train()
     again = MODELS.build({**config, "with_cp": True}).train()
@@ -184,7 +185,7 @@ def test_a_copy_is_a_backbone_of_its_own():
 
 
 def test_wrong_arguments_are_one_line():
-    with pytest.raises(InputError, match="unknown arch 'lit_x' of LIT: there are lit_b, lit_m, lit_s, lit_ti"):
+    with pytest.raises(InputError, match="unknown arch 'lit_x' of LIT: there are lit_b, lit_m, lit_s, .*, pvt_tiny"):
         MODELS.build({"type": "LIT", "arch": "lit_x"})
     with pytest.raises(InputError, match="unknown arch 'lit_s' of LVT"):
         MODELS.build({"type": "LVT", "arch": "lit_s"})

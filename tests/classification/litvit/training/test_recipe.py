@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from timm.models import list_models, model_entrypoint
 
 from litvit.data.augment import AugmentConfig
 from litvit.data.readers import DataConfig
@@ -55,12 +56,23 @@ SWIN |= {"warmup_lr_base": 5e-7, "min_lr_base": 5e-6}
         ("lit_s", SWIN | {"drop_path": 0.2}),
         ("lit_m", SWIN | {"drop_path": 0.3}),
         ("lit_b", SWIN | {"drop_path": 0.5}),
+        *((name, TI) for name in ("lit_ti_plain", "pvt_tiny", "pvt_small", "pvt_small_dtm", "pvt_small_msa_no1")),
+        *((name, SWIN | {"drop_path": 0.2}) for name in ("lit_s_plain", "swin_tiny_dtm")),
     ],
 )
 def test_recipe_is_the_published_run(model, own):
     settings = parse_config(["data", "--model", model]).flat()
     expected = {"model": model, **SHARED, **own}
     assert {name: settings[name] for name in expected} == expected
+
+
+def test_every_model_of_the_package_has_a_recipe():
+    names = [name for name in list_models() if model_entrypoint(name).__module__.startswith("litvit.models.")]
+    assert len(names) > 15
+    for name in names:
+        config = parse_config(["data", "--model", name, "--no-token-label"])
+        assert config.run.config
+        assert config.model.model == name
 
 
 def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
