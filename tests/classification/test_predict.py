@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from server import serve
 from timm.data import ImageNetInfo
 from torchvision.transforms.functional import normalize, pil_to_tensor
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 import litvit
 from litvit.downloads import kept_file
 from litvit.errors import InputError
-from litvit.runs.folder import save_weights
+from litvit.runs.folder import read_description, save_weights
 
 KWARGS = {"dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
 CLASSES = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -114,6 +115,16 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(digits_copy, run, tmp
     assert (outcome.status, outcome.err) == (2, f"error: {tmp_path}/empty holds no images\n")
 
 
+def test_scores_that_are_not_finite_label_nothing(digits, run, tmp_path, run_main):
+    weights = load_file(run / "model_best.safetensors")
+    weights["head.bias"][3] = float("nan")
+    save_weights(tmp_path / "nan.safetensors", weights, read_description(run / "model_best.safetensors"))
+    image = next((digits / "val" / "3").glob("*.png"))
+    outcome = run_main(predict, image, "--checkpoint", tmp_path / "nan.safetensors", "--format", "json", "-j", 0)
+    assert (outcome.status, json.loads(outcome.out)) == (2, [])
+    assert outcome.err == f"error: {image}: the model's scores are not finite\n"
+
+
 def test_contact_sheets(digits, run, tmp_path, run_main):
     flags = [digits / "train", "--checkpoint", run, "-j", 0, "--out"]
     outcome = run_main(predict, *flags, tmp_path / "sheets")
@@ -126,6 +137,14 @@ def test_contact_sheets(digits, run, tmp_path, run_main):
     assert outcome.status == 2
     assert outcome.out == ""
     assert outcome.err.startswith("error: --out")
+
+
+def test_a_sheet_shows_very_long_pictures(run, tmp_path, run_main):
+    Image.new("RGB", (4000, 8)).save(tmp_path / "long.png")
+    flags = ["--checkpoint", run, "--out", tmp_path / "sheet.png", "-j", 0]
+    outcome = run_main(predict, tmp_path / "long.png", *flags)
+    assert outcome.status == 0, outcome.err
+    assert Image.open(tmp_path / "sheet.png").width > 160
 
 
 def test_a_link_a_name_and_a_file_that_says_nothing(digits, published, run, tmp_path, monkeypatch, run_main):

@@ -278,7 +278,9 @@ def _metadata(settings: argparse.Namespace, classifier: Classifier) -> dict:
         "model": settings.model,
         "format": settings.format,
         "precision": settings.precision,
-        "input": "images: RGB, float32, (batch, channels, height, width), values (pixel / 255 - mean) / std",
+        "input": f"images: {classifier.config.decoder.mode}, float32, (batch, channels, height, width), "
+        "values (pixel / 255 - mean) / std",
+        "exif_transpose": classifier.config.exif_transpose,
         "input_size": list(data_config["input_size"]),
         "mean": list(data_config["mean"]),
         "std": list(data_config["std"]),

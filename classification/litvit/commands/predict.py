@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 import signal
 import sys
@@ -213,7 +214,7 @@ def _label(
     autocast: Callable[[], AbstractContextManager],
     k: int,
 ) -> Iterator[tuple[str, list[tuple[str, float]] | None]]:
-    """Yield each image's name and its k best classes with their probabilities, None for one that cannot be read.
+    """Yield each image's name and its k best classes with their probabilities, None for one that cannot be labelled.
 
     Why it cannot is printed at once.
     """
@@ -228,6 +229,11 @@ def _label(
             rows = zip(*(values.tolist() for values in best_classes(logits, k)), strict=True)
             for name, (probabilities, numbers) in zip(names[done : done + len(images)], rows, strict=True):
                 labels = [(classifier.classes[i], share) for i, share in zip(numbers, probabilities, strict=True)]
-                yield name, None if printable(name) in broken else labels
+                if printable(name) in broken:
+                    labels = None
+                elif not all(map(math.isfinite, probabilities)):
+                    labels = None
+                    bar.write(f"error: {printable(name)}: the model's scores are not finite", file=sys.stderr)
+                yield name, labels
             done += len(images)
             bar.update(len(images))

@@ -29,6 +29,16 @@ def test_batch_and_epochs_follow_the_number_of_images(num_images, batch_size, ep
     assert chosen(num_images, False)["epochs"] == from_scratch
 
 
+def test_choices_fit_what_is_given():
+    """Learning rates follow the one that is given, and no choice is refused for another one."""
+    assert chosen(1000, True, {"lr_base": 0.1})["lr"] == pytest.approx(0.1 * 64 / 512)
+    assert chosen(1000, True, {"lr": 1e-6})["warmup_lr"] < 1e-6
+    assert chosen(1000, True, {"lr": 1e-6})["min_lr"] < 1e-6
+    assert chosen(7, True)["batch_size"] <= 7
+    assert chosen(20_000, True, world_size=5)["batch_size"] % 2 == 0
+    assert chosen(20_000, True, {"token_label": True})["mixup"] == 0
+
+
 def test_trained_weights_have_layer_decay():
     assert chosen(200, True)["layer_decay"] == 0.75
     assert chosen(200, False)["layer_decay"] is None

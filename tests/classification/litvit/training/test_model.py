@@ -5,7 +5,8 @@ import timm
 import torch
 
 from litvit.errors import InputError
-from litvit.training.model import freeze_stages, keep_frozen
+from litvit.runs.folder import save_weights
+from litvit.training.model import find_weights, freeze_stages, keep_frozen
 
 
 def tiny(name):
@@ -54,3 +55,14 @@ def test_frozen_batch_norms_keep_their_statistics():
     model(torch.randn(4, 3, 64, 64))
     changed = {name.split(".")[0] for name, value in model.named_buffers() if not torch.equal(value, before[name])}
     assert changed == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize(
+    "description",
+    [{"model": "hf-hub:owner/name"}, {"model": "resnet18", "model_kwargs": {"checkpoint_path": "/etc/passwd"}}],
+)
+def test_weights_that_name_other_files_are_refused(tmp_path, description):
+    """A stranger's file must not decide what else is read."""
+    save_weights(tmp_path / "w.safetensors", {"w": torch.zeros(1)}, description)
+    with pytest.raises(InputError, match="its model is read from elsewhere"):
+        find_weights(str(tmp_path / "w.safetensors"))
