@@ -29,7 +29,7 @@ def test_batch_and_epochs_follow_the_number_of_images(num_images, batch_size, ep
     assert chosen(num_images, False)["epochs"] == from_scratch
 
 
-def test_choices_fit_what_is_given():
+def test_learning_rates_and_batches_fit_what_is_given():
     """Learning rates follow the one that is given, and no choice is refused for another one."""
     assert chosen(1000, True, {"lr_base": 0.1})["lr"] == pytest.approx(0.1 * 64 / 512)
     assert chosen(1000, True, {"lr": 1e-6})["warmup_lr"] < 1e-6
