@@ -6,6 +6,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -50,7 +51,10 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(others + moved + left, namespace)
 
     def error(self, message: str) -> None:
-        raise InputError(f"{message} ({self.prog} --help lists the flags)")
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.75) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{message}{hint} ({self.prog} --help lists the flags)")
 
 
 def _is_number(text: str) -> bool:

@@ -24,6 +24,14 @@ def test_wrong_input_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: unrecognized arguments: --nothing (x.py --help lists the flags)\n"
 
 
+@pytest.mark.parametrize("flag", ["--epoch", "--epochz=5"])
+def test_a_misspelled_flag_gets_the_one_that_is_meant(flag):
+    parser = cli.ArgumentParser(prog="x.py", allow_abbrev=False)
+    parser.add_argument("--epochs")
+    with pytest.raises(InputError, match=f"unrecognized arguments: {flag}; did you mean --epochs"):
+        parser.parse_args([flag])
+
+
 @pytest.mark.parametrize("line", ["data --size 64 -x", "--size 64 data -x", "--size 64 -x data", "-x data --size 64"])
 def test_a_flag_of_several_numbers_ends_where_they_end(line):
     parser = cli.ArgumentParser(prog="x.py")
