@@ -276,7 +276,7 @@ def find_weights(source: str) -> tuple[str | None, dict[str, Any]]:
         beside = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         beside = []
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
     near = [str(path.parent / name) for name in near] or difflib.get_close_matches(
         source.partition(".")[0], timm.list_models(), n=1, cutoff=0.7
     )

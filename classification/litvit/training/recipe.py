@@ -215,7 +215,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser = build_parser()
     flags = parser.parse_args(argv)
     known = {}
-    if flags.initial_checkpoint and flags.resume in (None, "auto"):
+    if flags.initial_checkpoint and not flags.pretrained and flags.resume in (None, "auto"):
         try:
             known = _known_of_weights(flags.initial_checkpoint, flags.model)
         except InputError:
