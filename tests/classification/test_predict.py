@@ -192,7 +192,7 @@ def test_load_gives_model_transform_and_classes(digits, tiny, run, tmp_path):
     ("source", "message"),
     [
         ("lit_ss", "no checkpoint at lit_ss; did you mean lit_s"),
-        ("lit_s.mine", "lit_s.mine: Invalid pretrained tag"),
+        ("lit_s.mine", "no checkpoint at lit_s.mine; did you mean lit_s"),
         ("{tmp}", "is a folder without the weights of a run"),
         ("{tmp}/none.pth", "no checkpoint at .*none.pth"),
         ("{tmp}/unknown.pth", "which model has the weights of .*unknown.pth"),

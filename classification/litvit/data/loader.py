@@ -17,8 +17,9 @@ from tqdm import tqdm
 from litvit.data.augment import AugmentConfig, TrainTransform, create_mixup
 from litvit.data.dataset import EvaluationImages, Fault, Images, Labels, Sample
 from litvit.data.pixels import Decoder
-from litvit.data.readers import DataConfig, class_counts, class_list, held_out, open_train_and_val
+from litvit.data.readers import DataConfig, class_counts, class_list, open_train_and_val
 from litvit.data.sampler import EpochSampler
+from litvit.data.splits import held_out
 from litvit.data.streams import ImageStream
 from litvit.data.token_labels import TokenLabels, soft_targets
 from litvit.data.workers import WatchedLoader

@@ -1,10 +1,8 @@
 """Find and open image data sets, and number their classes."""
 
-import hashlib
 import os
 import pickle
 import tarfile
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from litvit.data.dataset import Images
 from litvit.data.hugging_face import HuggingFaceRows, HuggingFaceStream
 from litvit.data.listing import ImageFiles, NamedFiles, class_folders, find_images, shorten
 from litvit.data.pixels import Decoder
+from litvit.data.splits import Part, only_held_out, split_images
 from litvit.data.streams import ImageStream, Source, WebDatasetShards
 from litvit.errors import InputError, one_line, printable
 from litvit.settings import setting
@@ -248,30 +247,6 @@ class _Renumbered(Reader):
         return self.reader._filename(index, basename=basename, absolute=absolute)
 
 
-class _Part(Reader):
-    """Some images of a reader, with its classes.
-
-    Args:
-        reader: Reader with `class_to_idx` and `targets`.
-        indices: Indices of the images.
-    """
-
-    def __init__(self, reader: Reader, indices: Sequence[int]):
-        super().__init__()
-        self.reader, self.indices = reader, list(indices)
-        self.class_to_idx, self.root = reader.class_to_idx, getattr(reader, "root", None)
-        self.targets = [reader.targets[index] for index in self.indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple:
-        return self.reader[self.indices[index]]
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return self.reader._filename(self.indices[index], basename=basename, absolute=absolute)
-
-
 def open_sample(sources: Sequence[str], number: int, decoder: Decoder | None = None) -> tuple[Images, list[str]]:
     """Open some of the images that a command line names, evenly spread over them.
 
@@ -296,82 +271,8 @@ def open_sample(sources: Sequence[str], number: int, decoder: Decoder | None = N
             raise InputError("; ".join(problems))
         reader = NamedFiles(names)
     count = min(number, len(reader))
-    reader = _Part(reader, [i * len(reader) // count for i in range(count)])
+    reader = Part(reader, [i * len(reader) // count for i in range(count)])
     return Images(ImageDataset("", reader=reader), decoder=decoder), problems
-
-
-def choose_names(names: Collection[str], fraction: float, seed: int) -> list[str]:
-    """Choose a share of names by the seed and the names alone, not by their order.
-
-    Args:
-        names: Names to choose from.
-        fraction: Share of them. It is rounded, to 1 name at least, and to all but 1 at most.
-        seed: Seed of the choice.
-
-    Raises:
-        InputError: a single name.
-    """
-    if len(names) < 2:
-        raise InputError(f"{printable(next(iter(names)))} is the only image of its class: validation needs another one")
-    count = min(max(round(fraction * len(names)), 1), len(names) - 1)
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest())[
-        :count
-    ]
-
-
-def split_images(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
-    """Split images into those to train on and those to validate on, the same share of every class.
-
-    The choice depends on the seed and the images' names alone, and not on the order in which they are listed. If images
-    are added, most of the others stay where they are.
-
-    Args:
-        images: Images of a folder or .tar.
-        fraction: Share of the images of each class to validate on. It is rounded, to 1 image at least.
-        seed: Seed of the choice.
-
-    Raises:
-        InputError: a class with a single image.
-    """
-    reader = images.dataset.reader
-    of_class = defaultdict(dict)
-    for index, target in enumerate(reader.targets):
-        of_class[target][reader.filename(index)] = index
-    chosen = set()
-    for indices in of_class.values():
-        chosen.update(indices[name] for name in choose_names(indices, fraction, seed))
-    left = [index for index in range(len(reader)) if index not in chosen]
-    train, val = (
-        Images(ImageDataset(str(reader.root), reader=_Part(reader, part)), images.seed, images.decoder)
-        for part in (left, sorted(chosen))
-    )
-    train.notes = images.notes
-    val.notes = [
-        f"{len(val)} of {len(reader)} images, {fraction:.0%} of each class (--val-fraction, --split-seed {seed})"
-    ]
-    return train, val
-
-
-def held_out(val: Images | ImageStream) -> list[str] | None:
-    """Return the names of the images that `split_images` has chosen to validate on, None for other images."""
-    reader = None if isinstance(val, ImageStream) else val.dataset.reader
-    return [reader.filename(index) for index in range(len(reader))] if isinstance(reader, _Part) else None
-
-
-def _only_held_out(images: Images, names: Collection[str]) -> Images:
-    """Return those of the images that a training held out by name; all of them if none is among them."""
-    reader, names = images.dataset.reader, set(names)
-    indices = [index for index in range(len(reader)) if reader.filename(index) in names]
-    if not indices:
-        images.notes.append(f"none of the {len(names)} images that the training held out are here: all are evaluated")
-        return images
-    part = Images(ImageDataset(str(reader.root), reader=_Part(reader, indices)), images.seed, images.decoder)
-    gone = f", {len(names) - len(indices)} of them are gone" if len(indices) < len(names) else ""
-    part.notes = [
-        *images.notes,
-        f"{len(indices)} of {len(reader)} images, those that the training held out{gone} (--val-fraction 0: all)",
-    ]
-    return part
 
 
 def class_counts(images: Images | ImageStream, num_classes: int) -> list[int]:
@@ -477,7 +378,7 @@ def open_for_evaluation(
     known = classes or train_classes(config) or []
     if chosen and config.val_fraction and not config.dataset and not _named_split(config.data_dir, config.val_split):
         images = open_images(config, config.train_split, known_classes=known, decoder=decoder, or_itself=True)
-        images = _only_held_out(images, chosen)
+        images = only_held_out(images, chosen)
     else:
         images = open_images(config, config.val_split, known_classes=known, decoder=decoder, or_itself=True)
     if isinstance(images, ImageStream):

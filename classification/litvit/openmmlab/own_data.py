@@ -26,7 +26,7 @@ from PIL import Image
 from timm.utils.distributed import world_info_from_env
 
 from litvit.data.listing import image_suffixes, natural_order
-from litvit.data.readers import choose_names
+from litvit.data.splits import choose_names
 from litvit.errors import InputError, one_line
 from litvit.openmmlab.annotations import class_ids, some
 from litvit.openmmlab.checkpoints import fetch, load_from_file

@@ -178,7 +178,6 @@ def save_text(path: Path, text: str) -> None:
     try:
         if path.exists() and os.path.samestat(os.stat(path), os.fstat(1)):
             return
-        # /dev/stderr may be a file, of which the text is a part
         # /dev/stderr may be a file, of which the text is a part.
         of_the_system = os.path.abspath(path).startswith(("/dev/", "/proc/"))
         if of_the_system or (path.exists() and not path.is_file()):

@@ -13,11 +13,19 @@ from litvit.data.random_streams import Stream, random_stream, seed_everything
 from litvit.data.token_labels import TokenLabels
 from litvit.errors import InputError
 from litvit.processes import Processes, is_primary, start_processes
-from litvit.runs.folder import RunFolder, read_description, weights_file
+from litvit.runs.folder import RunFolder
 from litvit.runs.loggers import check_loggers
 from litvit.training.blank_images import blank_targets, check_scores, unchanged, wrong_settings
 from litvit.training.config import Config
-from litvit.training.model import ModelConfig, build_model, data_settings, freeze_stages, image_size, named_weights
+from litvit.training.model import (
+    ModelConfig,
+    build_model,
+    data_settings,
+    freeze_stages,
+    image_size,
+    initial_weights,
+    named_weights,
+)
 from litvit.training.optimizer import check_optimizer, create_optim
 from litvit.training.step_guard import StepGuard
 from litvit.training.tasks import create_task, token_grid
@@ -44,10 +52,10 @@ def build_trainer(config: Config) -> Trainer:
     start = config.model if resumed is None else replace(config.model, pretrained=False)
     model = build_model(start, data.num_classes)
     if config.model.initial_checkpoint and resumed is None:
-        weights = weights_file(config.model.initial_checkpoint)
+        weights, described = initial_weights(config.model.initial_checkpoint)
         with named_weights(weights, config.model.model):
             load_weights(model, weights, new_classifier=True)
-        data.train.notes += _differences(config.model, data.classes)
+        data.train.notes += _differences(config.model, described, data.classes)
     if config.model.freeze is not None:
         freeze_stages(model, config.model.freeze)
     model.to(processes.device)
@@ -136,10 +144,9 @@ def check_step(trainer: Trainer) -> None:
             ) from error
 
 
-def _differences(config: ModelConfig, classes: list[str] | None) -> list[str]:
+def _differences(config: ModelConfig, description: dict[str, Any], classes: list[str] | None) -> list[str]:
     """Return sentences on how the images differ from those that the initial checkpoint was trained on."""
     file, notes = config.initial_checkpoint, []
-    description = read_description(weights_file(file))
     known = description.get("classes")
     if known and classes and len(known) == len(classes) and known != classes:
         notes.append(f"the classifier of {file} starts with other classes: number 0 was {known[0]}, is {classes[0]}")

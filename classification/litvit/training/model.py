@@ -270,7 +270,7 @@ def find_weights(source: str) -> tuple[str | None, dict[str, Any]]:
             return None, {"model": f"{HUB_SOURCES[0]}{path}"}
         file = weights_file(source)
         return file, _described(file)
-    if source.startswith(HUB_SOURCES) or timm.is_model(source):
+    if source.startswith(HUB_SOURCES) or _is_published(source):
         return None, {"model": source}
     try:
         beside = sorted(entry.name for entry in path.parent.iterdir())
@@ -282,6 +282,26 @@ def find_weights(source: str) -> tuple[str | None, dict[str, Any]]:
     )
     hint = f"; did you mean {near[0]}?" if near else " (a run's folder, a file, a link, or a name such as lit_s.in1k)"
     raise InputError(f"no checkpoint at {source}{hint}")
+
+
+def _is_published(name: str) -> bool:
+    """Return whether a name is that of a model, with one of its tags or none. A file such as lit_ti.pth is not."""
+    try:
+        return timm.is_model(name) and timm.get_pretrained_cfg(name) is not None
+    except RuntimeError:  # an unknown tag
+        return False
+
+
+def initial_weights(source: str) -> tuple[str, dict[str, Any]]:
+    """Find the weights of `--initial-checkpoint`, see `find_weights`.
+
+    Raises:
+        InputError: there are no such weights, or they are published ones.
+    """
+    file, description = find_weights(source)
+    if file is None:
+        raise InputError(f"--initial-checkpoint {source}: published weights are --model {source} --pretrained")
+    return file, description
 
 
 def _described(file: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from litvit.settings import take
 from litvit.training.config import Config
 from litvit.training.fitting import choose_settings, describe_choices
 from litvit.training.flags import build_parser
-from litvit.training.model import find_weights
+from litvit.training.model import initial_weights
 
 WEIGHTS_KNOW = ("model", "img_size", "in_chans", "exif_transpose", "crop_pct", "interpolation", "mean", "std")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -138,9 +138,19 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[
     return {name: value for name, value in vars(parser.parse_args(argv, names)).items() if value is not unset}
 
 
-def _known_of_weights(source: str, model: str | None) -> dict[str, Any]:
-    """Return the settings that weights know of their model and its images, {} for another model than theirs."""
-    description = find_weights(source)[1]
+def _known_of_weights(flags: argparse.Namespace, model: str | None) -> dict[str, Any]:
+    """Return the settings that the weights to start from know of their model and its images.
+
+    Empty without such weights, for another model than theirs, and for a run that is continued from its own.
+    """
+    if not flags.initial_checkpoint or flags.pretrained or flags.resume not in (None, "auto"):
+        return {}
+    try:
+        description = initial_weights(flags.initial_checkpoint)[1]
+    except InputError:
+        if flags.resume is None:
+            raise
+        return {}  # a run that has begun needs them no more
     if "model" not in description or model not in (None, description["model"]):
         return {}
     known = {name: description[name] for name in WEIGHTS_KNOW if name in description}
@@ -214,22 +224,15 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """
     parser = build_parser()
     flags = parser.parse_args(argv)
-    known = {}
-    if flags.initial_checkpoint and not flags.pretrained and flags.resume in (None, "auto"):
-        try:
-            known = _known_of_weights(flags.initial_checkpoint, flags.model)
-        except InputError:
-            if flags.resume is None:
-                raise  # a run that is continued needs them no more
-        flags.model = flags.model or known.get("model")
     path = find_recipe(flags.config) if flags.config is not None else None
     if path is None and flags.resume and flags.resume != "auto":
         path = resumed_folder(flags.resume, flags.output) / SETTINGS
-    if path is None and flags.model:
-        path = _recipe_of(flags.model)
     recipe = load_recipe(path, parser) if path is not None else {}
-    if known:  # of what the weights know, the recipe may choose all but the model
-        recipe = known | recipe | {name: known[name] for name in ("model", "model_kwargs") if name in known}
+    known = _known_of_weights(flags, flags.model or recipe.get("model"))
+    recipe = known | recipe
+    model = flags.model or known.get("model")
+    if path is None and model and (path := _recipe_of(model)):
+        recipe = load_recipe(path, parser) | known  # for the published images, and not those of the weights
     parser.set_defaults(**recipe)
     given = _given(parser, argv)
     if "epochs" in given and "cooldown_epochs" not in given:

@@ -209,7 +209,7 @@ class Trainer:
                 while self.progress.epoch < self.epochs and not self.out_of_patience():
                     self.run_epoch(report)
             if self.progress.epoch < self.epochs:
-                logger.info("no better top1 since epoch %d: --patience %d ends the run", *self._patience())
+                logger.info("%s", self.why_ended())
             status = 0
         except Interrupted:
             status = EXIT_INTERRUPTED
@@ -245,14 +245,12 @@ class Trainer:
         (waited,) = self.processes.sum(waited)
         return waited >= patience
 
-    def _patience(self) -> tuple[int, int | None]:
-        return self.progress.best_epoch, self.config.run.patience
-
-    def how_to_go_on(self) -> str:
-        """Return what a run that has ended would need to continue."""
+    def why_ended(self) -> str:
+        """Say why a run has come to its end, and what continues it."""
         if self.progress.epoch >= self.epochs:
-            return f"more epochs than --epochs {self.progress.epoch} continue it"
-        return "no better top1 since epoch {}: more than --patience {} continues it".format(*self._patience())
+            return f"{self.progress.epoch} epochs are trained (a larger --epochs continues it)"
+        best, patience = self.progress.best_epoch, self.config.run.patience
+        return f"no better top1 since epoch {best}, --patience {patience} (a larger one continues it)"
 
     def train_epoch(self, report: Report) -> float:
         """Train the rest of an epoch.
@@ -415,7 +413,7 @@ def log_start(trainer: Trainer) -> None:
     if config.run.cfg:
         logger.info("--cfg %s is not read: LVT's published settings are the model's defaults", config.run.cfg)
     if progress.epoch >= trainer.epochs or trainer.out_of_patience():
-        logger.info("this run has ended already: %s", trainer.how_to_go_on())
+        logger.info("this run has ended already: %s", trainer.why_ended())
     elif progress.step:
         logger.info("continuing at epoch %d, step %d", progress.epoch + 1, progress.steps_in_epoch + 1)
     elif config.model.pretrained or config.model.initial_checkpoint:

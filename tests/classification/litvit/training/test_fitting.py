@@ -1,6 +1,7 @@
 """Settings that fit the number of images."""
 
 import pytest
+import torch
 
 from litvit.training.fitting import choose_settings, describe_choices
 from litvit.training.recipe import parse_config
@@ -78,7 +79,9 @@ def test_flags_and_recipe_have_precedence(digits, tmp_path):
     assert (config.augment.reprob, config.augment.mixup) == (0.7, 0.2)
     assert config.run.chosen[0].startswith("chosen for 60 images and random weights: batch_size 8")
     assert not any("reprob" in line or "lr 0.01," in line for line in config.run.chosen)
-    weights = parse_config([str(digits), "--config", str(recipe), "--initial-checkpoint", "lit_ti.pth"])
+    torch.save({"layer.weight": torch.zeros(1)}, tmp_path / "lit_ti.pth")
+    flags = ["--config", str(recipe), "--initial-checkpoint", str(tmp_path / "lit_ti.pth")]
+    weights = parse_config([str(digits), *flags])
     assert (weights.optim.layer_decay, weights.optim.epochs) == (0.75, 100)
 
 

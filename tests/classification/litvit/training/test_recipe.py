@@ -1,13 +1,15 @@
 """The four recipes reproduce the published runs; flags override recipes."""
 
 import pytest
+import torch
 import yaml
+from timm.layers import to_2tuple
 from timm.models import list_models, model_entrypoint
 
 from litvit.data.augment import AugmentConfig
 from litvit.data.readers import DataConfig
 from litvit.errors import InputError
-from litvit.runs.folder import RunConfig
+from litvit.runs.folder import RunConfig, save_weights
 from litvit.training.config import Config
 from litvit.training.model import ModelConfig
 from litvit.training.optimizer import OptimConfig
@@ -140,7 +142,29 @@ def test_no_amp_overrides_a_recipe():
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_reads(path):
-    assert load_recipe(path, build_parser())["model"]
+    """That of one's own data is for any model, or for the one that the weights to start from have."""
+    assert ("model" in load_recipe(path, build_parser())) == (path.stem != "finetune")
+
+
+def test_weights_know_their_model(digits, tmp_path):
+    """A recipe's settings and the command line have precedence, and weights of another model say nothing."""
+    known = {"model": "lit_s", "img_size": 96, "crop_pct": 1.0, "model_kwargs": {"depths": [1, 1, 1, 1]}}
+    save_weights(tmp_path / "w.safetensors", {"w": torch.zeros(1)}, known)
+    start = [str(digits), "--initial-checkpoint", str(tmp_path / "w.safetensors")]
+    model = parse_config(start).model
+    assert (model.model, to_2tuple(model.img_size), model.crop_pct) == ("lit_s", (96, 96), 1.0)
+    assert model.model_kwargs == {"depths": [1, 1, 1, 1]}
+    assert parse_config(start).run.config == str(RECIPES / "lit_s.yaml")
+    assert to_2tuple(parse_config([*start, "--img-size", "64"]).model.img_size) == (64, 64)
+    (tmp_path / "own.yaml").write_text("img_size: 128\n")
+    model = parse_config([*start, "--config", str(tmp_path / "own.yaml")]).model
+    assert (model.model, to_2tuple(model.img_size), model.crop_pct) == ("lit_s", (128, 128), 1.0)
+    model = parse_config([*start, "--model", "resnet18"]).model
+    assert (model.model, model.img_size, model.crop_pct) == ("resnet18", None, None)
+    with pytest.raises(InputError, match="published weights are --model lit_s.in1k --pretrained"):
+        parse_config([str(digits), "--initial-checkpoint", "lit_s.in1k"])
+    with pytest.raises(InputError, match="no checkpoint at lit_s.pth"):
+        parse_config([str(digits), "--initial-checkpoint", "lit_s.pth"])
 
 
 @pytest.mark.parametrize(

@@ -854,7 +854,7 @@ def own_flags(digits, tmp_path, random_flags):
 
 def test_a_run_on_data_of_ones_own_resumes_exactly(own_flags, tmp_path, assert_same_weights, capsys):
     assert run(*own_flags, "--experiment", "whole") == 0
-    assert "--patience 1 ends the run" in capsys.readouterr().out
+    assert "--patience 1 (a larger one continues it)" in capsys.readouterr().out
     whole = torch.load(tmp_path / "whole" / CHECKPOINT, weights_only=True)
     assert 1 < whole["epoch"] < 6
     trainer = build_trainer(parse_config([*own_flags, "--experiment", "cut"]))
