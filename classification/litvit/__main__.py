@@ -19,6 +19,7 @@ COMMANDS = {
     "hub-folder": ("litvit.commands.hub_folder", "make a folder of a run's best weights for the Hugging Face Hub"),
     "check-data": ("litvit.commands.check_data", "read every image of a data set before a run"),
     "demo-data": ("litvit.demo_data.__main__", "build a small data set without any download"),
+    "study": ("litvit.commands.study", "train models under one recipe with several seeds, and compare them"),
     "benchmark": ("litvit.commands.benchmark", "measure speed and memory of models and of their parts"),
 }
 

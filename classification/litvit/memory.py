@@ -1,9 +1,14 @@
-"""Memory of a process on a CPU: the C library keeps what is freed."""
+"""Memory of a process: its peak, and what the C library keeps of it on a CPU."""
 
 import ctypes
 import os
 import platform
 import re
+import resource
+
+import torch
+
+MIB = 2**20
 
 
 def keep_freed_memory() -> None:
@@ -22,3 +27,10 @@ def keep_freed_memory() -> None:
     set_option(-8, 1)  # M_ARENA_MAX: all threads share one heap, because glibc returns the memory of further heaps
     set_option(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
     set_option(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory of this process up to now in MiB: on a GPU of its tensors, else of all of it."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / MIB, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)  # KiB on Linux

@@ -61,6 +61,30 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file with a mapping: a recipe, or a study.
+
+    Raises:
+        InputError: a missing file, no YAML, or no mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError as error:
+        if path.parent == RECIPES:
+            advice = "install litvit again, or name a recipe with --config"
+            raise InputError(f"the recipe of {path.stem} is missing, {path}: {advice}") from None
+        raise InputError(f"no recipe at {path}") from error
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no recipe: it holds no text, and a recipe is a YAML file") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no `flag: value` lines")
+    return content
+
+
 def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a recipe and check every key and value against the flags.
 
@@ -74,21 +98,7 @@ def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     Raises:
         InputError: a missing file, no YAML, an unknown key, or a value that the flag would not take.
     """
-    try:
-        recipe = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError as error:
-        if path.parent == RECIPES:
-            advice = "install litvit again, or name a recipe with --config"
-            raise InputError(f"the recipe of {path.stem} is missing, {path}: {advice}") from None
-        raise InputError(f"no recipe at {path}") from error
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no recipe: it holds no text, and a recipe is a YAML file") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path} holds no `flag: value` lines")
+    recipe = read_yaml(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ONLY_ON_THE_COMMAND_LINE}
     settings = {}
     for key, value in recipe.items():

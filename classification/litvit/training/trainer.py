@@ -24,6 +24,7 @@ from litvit.data.readers import check_class_numbers
 from litvit.data.streams import ImageStream
 from litvit.data.workers import NoBatch
 from litvit.errors import InputError
+from litvit.memory import peak_memory_mib
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
 from litvit.runs.best_weights import BestWeights, are_finite
 from litvit.runs.environment import describe_start
@@ -232,7 +233,8 @@ class Trainer:
         if self.processes.primary:
             weights = get_state_dict(self.task.get_eval_model(ema=self.task.has_ema()), unwrap_model)
             self.best.offer(weights, metrics, self.description)
-        train_metrics = {"loss": loss, "images_per_second": speed}
+        memory = peak_memory_mib(self.processes.device)
+        train_metrics = {"loss": loss, "images_per_second": speed, "memory_mib": memory}
         report.epoch(train_metrics, metrics, lr)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
 

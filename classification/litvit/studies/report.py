@@ -1,0 +1,225 @@
+"""The report of a study: tables in Markdown, the figures as JSON, and curves."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from litvit.benchmarks.macs import count_macs
+from litvit.runs.folder import BEST_WEIGHTS, STARTS, read_description, replace_file
+from litvit.studies.plan import Run, Study
+from litvit.studies.running import last_epoch, read_epochs
+from litvit.training.config import Config
+from litvit.training.model import build_model
+
+REPORT, FIGURES, CURVES = "report.md", "report.json", "curves.png"
+DASHES = ("-", "--", ":", "-.")
+Row = dict[str, Any]
+
+
+def write_report(study: Study, output: Path, configs: dict[str, Config]) -> str:
+    """Write report.md, report.json and curves.png of the runs that have trained an epoch at least.
+
+    Args:
+        study: Study of the runs.
+        output: Folder of the study.
+        configs: Settings of each model.
+
+    Returns:
+        The tables, in Markdown.
+
+    Raises:
+        InputError: A file of a run cannot be read.
+        OSError: The report cannot be written.
+    """
+    epochs = {run: read_epochs(run) for run in study.runs(output)}
+    epochs = {run: rows for run, rows in epochs.items() if rows}
+    rows = [_model_row(model, configs[model], _of_model(epochs, model)) for model in study.models]
+    pairs = [_pair_row(pair, rows) for pair in study.pairs]
+    text = "\n\n".join(_tables(rows, pairs))
+    starts = [start for run in epochs for start in _starts(run)]
+    whole = sum(len(rows) >= last_epoch(configs[run.model]) for run, rows in epochs.items())
+    number = len(list(study.runs(output)))
+    parts = [f"# Study {study.name}", f"{whole} of {number} runs are trained to their last epoch.", text]
+    parts[2:2] = _places(starts)
+    if epochs:
+        parts.append(f"![Top-1 of all runs, top-1 by epoch, training loss by step]({CURVES})")
+        figure = _plot(study, rows, epochs)
+        replace_file(output / CURVES, partial(figure.savefig, format="png"))
+    figures = {"study": study.name, "runs": number, "trained": whole, "starts": starts, "models": rows, "pairs": pairs}
+    content = json.dumps(figures, indent=2, default=str) + "\n"
+    replace_file(output / FIGURES, lambda temporary: temporary.write_text(content))
+    replace_file(output / REPORT, lambda temporary: temporary.write_text("\n\n".join(parts) + "\n"))
+    return text
+
+
+def _of_model(epochs: dict[Run, list[Row]], model: str) -> dict[Run, list[Row]]:
+    return {run: rows for run, rows in epochs.items() if run.model == model}
+
+
+def _model_row(name: str, config: Config, epochs: dict[Run, list[Row]]) -> Row:
+    """Return the figures of a model. Those of its runs that are not trained to their last epoch have no results."""
+    last = {run.seed: rows[-1] for run, rows in epochs.items() if len(rows) >= last_epoch(config)}
+    every = [row for rows in epochs.values() for row in rows]
+    size: Row = {}
+    for run in epochs:
+        classes = read_description(run.path / BEST_WEIGHTS).get("num_classes")
+        if classes:  # else the best weights are somewhere else
+            model = build_model(config.model, classes)
+            images = config.model.img_size
+            size = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+            size["macs"] = count_macs(model, images) if images else count_macs(model)
+            break
+    return {
+        "model": name,
+        **size,
+        "top1": {seed: row["eval_top1"] for seed, row in last.items()},
+        "train_loss": {seed: row["train_loss"] for seed, row in last.items()},
+        "images_per_second": statistics.mean(row["train_images_per_second"] for row in every) if every else None,
+        "memory_mib": max((row["train_memory_mib"] for row in every if "train_memory_mib" in row), default=None),
+    }
+
+
+def _pair_row(pair: tuple[str, str], rows: Sequence[Row]) -> Row:
+    """Return the differences in top-1 of two models, for each seed that both have."""
+    first, second = (next(row["top1"] for row in rows if row["model"] == name) for name in pair)
+    return {"pair": pair, "difference": {seed: first[seed] - second[seed] for seed in first if seed in second}}
+
+
+def _tables(rows: Sequence[Row], pairs: Sequence[Row]) -> list[str]:
+    head = ["model", "parameters M", "multiply-adds M", "seeds", "top-1 %", "training loss", "images/s", "memory MiB"]
+    models = [head]
+    for row in rows:
+        cells = [row["model"], _number(row.get("parameters"), 2, 1e6), _number(row.get("macs"), 1, 1e6)]
+        cells += [str(len(row["top1"])), _spread(row["top1"].values()), _spread(row["train_loss"].values(), 3)]
+        models.append([*cells, _number(row["images_per_second"], 0), _number(row["memory_mib"], 0)])
+    tables = [_markdown(models)]
+    if pairs:
+        table = [["difference in top-1", "mean", "by seed"]]
+        for row in pairs:
+            values = row["difference"].values()
+            each = ", ".join(f"{value:+.2f}" for value in values)
+            table.append([" - ".join(row["pair"]), _spread(values, sign="+"), each or "-"])
+        tables.append(_markdown(table))
+    tables.append(
+        "Top-1 is that of the last epoch, not of the best one. After ± stands the standard deviation over the seeds. "
+        "Images/s are those of training, while the other runs of the study ran beside it; memory is the peak of a "
+        "process, on a GPU that of its tensors."
+    )
+    return tables
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    values = list(values)
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _starts(run: Run) -> list[Row]:
+    try:
+        return yaml.safe_load((run.path / STARTS).read_text()) or []
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return []
+
+
+def _places(starts: Sequence[Row]) -> list[str]:
+    """Say on what the runs were trained, once per kind of machine and versions."""
+    places = []
+    for start in starts:
+        hardware, versions = start.get("hardware") or {}, start.get("versions") or {}
+        processor = hardware.get("gpu") or f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
+        commit = f", commit {str(start['commit'])[:7]}{'-dirty' if start.get('changed') else ''}"
+        packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value and name != "litvit")
+        place = f"- {processor}; {packages}{commit if start.get('commit') else ''}"
+        if place not in places:
+            places.append(place)
+    return ["\n".join(places)] if places else []
+
+
+def _plot(study: Study, rows: Sequence[Row], epochs: dict[Run, list[Row]]) -> Figure:
+    """Plot top-1 of all runs, and means over the seeds: top-1 by epoch, training loss by step."""
+    figure = Figure(figsize=(15, 5), dpi=100, layout="constrained")
+    points, top1, loss = figure.subplots(1, 3)
+    styles = _styles(study)
+    for place, row in enumerate(rows):
+        colour = styles[row["model"]]["color"]
+        values = list(row["top1"].values())
+        points.plot([place] * len(values), values, "o", color=colour, alpha=0.7)
+        if values:
+            points.plot(place, statistics.mean(values), "_", color="black", markersize=22)
+    points.set_xticks(range(len(rows)), [row["model"] for row in rows], rotation=45, ha="right")
+    points.set(ylabel="top-1 %", title="last epoch: runs (dots) and their mean (lines)")
+    for model in study.models:
+        of_model = _of_model(epochs, model)
+        curves = [{int(row["epoch"]): row["eval_top1"] for row in rows} for rows in of_model.values()]
+        _plot_mean(top1, curves, label=model, **styles[model])
+        _plot_mean(loss, [_losses(run) for run in of_model], label=model, **styles[model])
+    top1.set(xlabel="epoch", ylabel="top-1 %", title="validation")
+    top1.xaxis.get_major_locator().set_params(integer=True)
+    loss.set(xlabel="step", ylabel="loss", title="training")
+    for axes in (points, top1, loss):
+        axes.grid(alpha=0.3)
+    top1.legend()
+    return figure
+
+
+def _styles(study: Study) -> dict[str, Row]:
+    """Return the line of each model: a colour per group of models that are compared, then another dash."""
+    group = {model: model for model in study.models}
+    for first, second in study.pairs:
+        old, new = group[first], group[second]
+        group = {model: new if name == old else name for model, name in group.items()}
+    groups = list(dict.fromkeys(group.values()))
+    members = {name: [model for model in study.models if group[model] == name] for name in groups}
+    colours = matplotlib.colormaps["tab10"].colors
+    return {
+        model: {
+            "color": colours[groups.index(name) % len(colours)],
+            "linestyle": DASHES[members[name].index(model) % len(DASHES)],
+        }
+        for model, name in group.items()
+    }
+
+
+def _plot_mean(axes: Axes, curves: Sequence[dict[int, float]], **style: Any) -> None:
+    """Plot the mean of curves where all of them have a value, and the band of their standard deviation."""
+    places = sorted(set.intersection(*map(set, curves))) if curves else []
+    if not places:
+        return
+    values = [[curve[place] for curve in curves] for place in places]
+    means = [statistics.mean(each) for each in values]
+    spreads = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    (line,) = axes.plot(places, means, marker="." if len(places) < 20 else None, **style)
+    low, high = ([mean + sign * spread for mean, spread in zip(means, spreads, strict=True)] for sign in (-1, 1))
+    axes.fill_between(places, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+
+
+def _losses(run: Run) -> dict[int, float]:
+    """Return the training loss by step, from the TensorBoard files of a run; nothing if it has none."""
+    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 2000})
+    if not (run.path / "tensorboard").is_dir():
+        return {}
+    events.Reload()
+    if "train/loss" not in events.Tags()["scalars"]:
+        return {}
+    return {event.step: event.value for event in events.Scalars("train/loss") if math.isfinite(event.value)}
