@@ -1,5 +1,6 @@
 """The report of a study: tables in Markdown, the figures as JSON, and curves."""
 
+import itertools
 import json
 import math
 import statistics
@@ -22,7 +23,6 @@ from litvit.training.config import Config
 from litvit.training.model import build_model
 
 REPORT, FIGURES, CURVES = "report.md", "report.json", "curves.png"
-DASHES = ("-", "--", ":", "-.")
 Row = dict[str, Any]
 
 
@@ -184,21 +184,13 @@ def _plot(study: Study, rows: Sequence[Row], epochs: dict[Run, list[Row]]) -> Fi
 
 
 def _styles(study: Study) -> dict[str, Row]:
-    """Return the line of each model: a colour per group of models that are compared, then another dash."""
-    group = {model: model for model in study.models}
-    for first, second in study.pairs:
-        old, new = group[first], group[second]
-        group = {model: new if name == old else name for model, name in group.items()}
-    groups = list(dict.fromkeys(group.values()))
-    members = {name: [model for model in study.models if group[model] == name] for name in groups}
-    colours = matplotlib.colormaps["tab10"].colors
-    return {
-        model: {
-            "color": colours[groups.index(name) % len(colours)],
-            "linestyle": DASHES[members[name].index(model) % len(DASHES)],
-        }
-        for model, name in group.items()
-    }
+    """Return the line of each model: a colour per pair, as they are listed, and dashes for its second model."""
+    colours = iter(itertools.cycle(matplotlib.colormaps["tab10"].colors))
+    styles: dict[str, Row] = {}
+    for pair in (*study.pairs, *((model,) for model in study.models)):
+        if not styles.keys() & set(pair):
+            styles |= zip(pair, itertools.product([next(colours)], ("-", "--")), strict=False)
+    return {model: {"color": colour, "linestyle": dash} for model, (colour, dash) in styles.items()}
 
 
 def _plot_mean(axes: Axes, curves: Sequence[dict[int, float]], **style: Any) -> None:
