@@ -19,7 +19,7 @@ def macs(name, folder, data):
 
 def test_models_of_the_study_for_cpus_cost_the_same(tmp_path, digits):
     costs = macs("cifar10_cpu", tmp_path, digits).values()
-    assert len(costs) == 7
+    assert len(costs) >= 7
     assert max(costs) < 1.05 * min(costs)
 
 
