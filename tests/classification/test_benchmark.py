@@ -280,7 +280,7 @@ def test_help_says_what_is_compared(run_main, subcommand, text):
     [
         (["models", "lit_z"], "unknown model 'lit_z'"),
         (["paper", "--tables", "5"], "invalid choice: 5 (choose from 1, 2, 3, 4)"),
-        (["paper", "--tables", "two"], "invalid int value: 'two'"),
+        (["paper", "--tables", "two"], "argument --tables: expected at least one argument"),
         (["dtm", "--batch-size", "abc"], "'abc' is not a whole number above 0"),
         (["dtm", "--device", "tpu9"], "'tpu9'"),
         (["dtm", "--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file"),

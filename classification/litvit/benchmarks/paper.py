@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict[str, Accuracy]]:
     """
     results: dict[str, dict[str, Accuracy]] = {}
     for path in paths:
-        file = path / RESULT if path.is_dir() else path
+        file = path / RESULT if os.path.isdir(path) else path
         name, percents, data = _read_result(file)
         found = results.setdefault(name, {})
         for key, percent in percents.items():

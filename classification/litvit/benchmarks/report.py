@@ -216,8 +216,8 @@ def _paper_table(rows: list[dict], number: int) -> str:
     # The paper has speed, memory and the other test sets in Table 1 alone.
     others = set(ACCURACIES) if number == 1 else {key for row in rows for key in row["accuracies"]}
     accuracies = [key for key in ACCURACIES if key == "top1" or key in others]
-    speeds = SPEEDS if _is_timed(rows) else {}
-    head = [cell for title, _, _ in speeds.values() for cell in (title, "ratio")]
+    speeds = [key for key in SPEEDS if _is_timed(rows) and (number == 1 or rows[0][key] is not None)]
+    head = [cell for key in speeds for cell in (SPEEDS[key][0], "ratio")]
     table = [["model", "name", "parameters M", "multiply-adds G"]]
     table[0] += [*(["counterpart"] if speeds else []), *head, *(f"{ACCURACIES[key]} top-1" for key in accuracies)]
     for row in rows:

@@ -134,7 +134,9 @@ def _parser() -> cli.ArgumentParser:
 
     paper = add("paper", "LIT's Tables 1 to 4, measured and published", PAPER_HELP, common, batch, amp, compile_)
     numbers = list(TABLES)
-    paper.add_argument("--tables", nargs="+", type=int, choices=numbers, default=numbers, help="tables (all)")
+    paper.add_argument(
+        "--tables", nargs="+", type=int, choices=numbers, default=numbers, metavar="N", help="tables (1 2 3 4)"
+    )
     results_help = "results: files of litvit validate --results-file, or folders of its --report"
     paper.add_argument("--results", nargs="+", type=Path, default=[], metavar="FILE", help=results_help)
     paper.add_argument("--no-speed", dest="speed", action="store_false", help="leave out images/s and memory")
