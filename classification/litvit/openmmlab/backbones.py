@@ -1,4 +1,4 @@
-"""LIT and LVT in mmengine's registry: the classification models without their heads."""
+"""LIT, LVT and Swin with token merging in mmengine's registry: the classification models without their heads."""
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -92,9 +92,11 @@ class MMBackbone(BaseModule):
     def _frozen(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
-        first = getattr(self.model, "patch_embed", None) or self.stages[0].patch_embed
-        norms = [norm for i, norm in self.out_norms.items() if int(i) < self.frozen_stages]
-        return [first, *self.stages[: self.frozen_stages], *norms]
+        stages = self.model.layers if hasattr(self.model, "layers") else self.model.stages  # Swin's, ours
+        first = getattr(self.model, "patch_embed", None) or stages[0].patch_embed
+        norms = getattr(self.model, "out_norms", {}).items()
+        norms = [norm for i, norm in norms if int(i) < self.frozen_stages]
+        return [first, *stages[: self.frozen_stages], *norms]
 
     def init_weights(self) -> None:
         """Load the weights that `init_cfg` names.
@@ -143,3 +145,21 @@ class LVT(MMBackbone):
 
     def __init__(self, arch: str = "lvt", **kwargs) -> None:
         super().__init__(arch, **kwargs)
+
+
+@MODELS.register_module()
+class Swin(MMBackbone):
+    """Swin with deformable token merging (`arch`: swin_tiny_dtm) as backbone of mmdet and mmseg, see `MMBackbone`."""
+
+    family = "swin_*_dtm"
+
+    def __init__(self, arch: str = "swin_tiny_dtm", **kwargs) -> None:
+        super().__init__(arch, strict_img_size=False, **kwargs)
+        self.model._register_load_state_dict_pre_hook(_drop_classifier)
+
+
+def _drop_classifier(state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Pre-hook of load_state_dict: drop what ImageNet weights of timm's have beside the backbone."""
+    for name in list(state_dict):
+        if name.startswith((f"{prefix}norm.", f"{prefix}head.")):
+            del state_dict[name]

@@ -53,6 +53,26 @@ def test_one_backbone_for_mmdet_and_mmseg(registry, type_, arch, kwargs):
         assert torch.equal(ours, theirs)
 
 
+def test_swin_with_token_merging_is_a_backbone(tmp_path):
+    small = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+    classifier = timm.create_model("swin_tiny_dtm", **small)
+    torch.save(classifier.state_dict(), tmp_path / "swin.pth")
+    init = {"type": "Pretrained", "checkpoint": str(tmp_path / "swin.pth")}
+    backbone = MODELS.build({"type": "Swin", **small, "frozen_stages": 2, "with_cp": True, "init_cfg": init})
+    backbone.init_weights()
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, classifier.state_dict()[key])
+    maps = backbone.train()(torch.randn(1, 3, 70, 100))
+    assert [tuple(features.shape) for features in maps] == [
+        *((1, 24, 18, 25), (1, 48, 9, 13), (1, 96, 5, 7), (1, 192, 3, 4))
+    ]
+    sum(features.sum() for features in maps).backward()
+    trained = {name.split(".")[1] for name, value in backbone.named_parameters() if value.grad is not None}
+    assert trained == {"2", "3"}
+    offsets = [value for name, value in backbone.named_parameters() if name.endswith("offset.weight")]
+    assert [value.grad is not None for value in offsets] == [False, True, True]
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_published_dense_checkpoints_load_by_every_entry_point(name, published, tmp_path):
     entries = {f"backbone.{key}": value for key, value in published(name).items()}
