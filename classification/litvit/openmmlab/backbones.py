@@ -149,7 +149,10 @@ class LVT(MMBackbone):
 
 @MODELS.register_module()
 class Swin(MMBackbone):
-    """Swin with deformable token merging (`arch`: swin_tiny_dtm) as backbone of mmdet and mmseg, see `MMBackbone`."""
+    """Swin with deformable token merging (`arch`: swin_tiny_dtm) as backbone of mmdet and mmseg, see `MMBackbone`.
+
+    Images need sides that are multiples of 4, as detectors and segmentors pad them.
+    """
 
     family = "swin_*_dtm"
 
