@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from litvit import cli
 from litvit.attention import PATHS, choose_path, relative_attention
-from litvit.benchmarks.macs import count_macs
+from litvit.benchmarks.macs import count_macs, count_parameters
 from litvit.benchmarks.measuring import interleaved_medians, peak_memory
 from litvit.benchmarks.published import COUNTERPARTS, PUBLISHED
 from litvit.dtm import deform_conv_tokens
@@ -266,11 +266,6 @@ def is_convolutional(model: nn.Module) -> bool:
     """Return whether most of a model's parameters belong to convolutions: it is then fastest channels-last."""
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
     return 2 * weights > count_parameters(model)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count a model's parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def compiled(model: nn.Module, how: str | None) -> nn.Module:

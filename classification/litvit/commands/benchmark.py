@@ -201,5 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("--tf32 is for GPUs, this is a CPU")
     if args.subcommand == "paper":
         args.tables, args.results = sorted(set(args.tables)), read_results(args.results)
+        shown = {name for number in args.tables for name in TABLES[number].counterparts}
+        if others := args.results.keys() - shown:
+            print(f"not in --tables {shlex.join(map(str, args.tables))}: {', '.join(sorted(others))}", file=sys.stderr)
     report.run(args, f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}")
     return 0
