@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
@@ -128,7 +129,12 @@ class Backbone(nn.Module, ABC):
 
         Args:
             img_size: Image size in pixels, an int or (H, W).
+
+        Raises:
+            InputError: img_size is smaller than 32.
         """
+        if min(to_2tuple(img_size)) < self.total_stride:
+            raise InputError(f"images must have {self.total_stride} pixels or more per side, not img_size={img_size}")
         if update_model_input_size is not None:
             update_model_input_size(self, to_2tuple(img_size))
 
@@ -137,6 +143,11 @@ class Backbone(nn.Module, ABC):
         if global_pool not in choices:
             raise InputError(f"global_pool must be one of {', '.join(map(repr, choices))}, got {global_pool!r}")
         self.global_pool = global_pool
+
+    def _set_out_norms(self, out_norms: tuple[int, ...], dims: tuple[int, ...], **kwargs) -> None:
+        if not set(out_norms) <= set(range(len(dims))):
+            raise InputError(f"out_norms must be stages from 0 to {len(dims) - 1}, got {tuple(out_norms)}")
+        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], **kwargs) for i in out_norms})
 
     def load_pretrained(self, file: str) -> None:
         """Load published weights, also for other classes, image sizes or image channels.
@@ -148,6 +159,11 @@ class Backbone(nn.Module, ABC):
             InputError: The file cannot be read, or holds weights of another model.
         """
         load_weights(self, file, new_classifier=True)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return names of further parameters without weight decay, besides biases and norms."""
+        return set()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -277,6 +293,27 @@ class Backbone(nn.Module, ABC):
             maps = list(zip(maps, prefixes, strict=True))
         return maps if intermediates_only else (x, maps)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the tokens after the last norm, (B, H/32, W/32, C), from images, (B, in_chans, H, W)."""
+        return self.norm(self.stages(self._stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the tokens of `forward_features` and classify them.
+
+        Args:
+            x: Tokens, (B, H/32, W/32, C) or (B, 1 + N, C).
+            pre_logits: Whether to return the classifier's input, (B, C).
+
+        Returns:
+            Logits, (B, num_classes). Without pooling, logits of each token.
+        """
+        x = self._pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images: (B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
     def _pool(self, x: Tensor) -> Tensor:
         """Pool tokens (B, h, w, C) or (B, 1 + N, C) to (B, C). Without pooling, return them as they are."""
         if self.global_pool == "token":
@@ -327,6 +364,26 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tens
         else:
             x = block(x, *args)
     return x
+
+
+class ConvMlp(nn.Module):
+    """MLP with a 3 x 3 depthwise convolution before its activation, on (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(F.gelu(conv_tokens(self.conv, self.fc1(x))))))
+
+
+def conv_tokens(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a convolution to a channels-last map. The permutations are views, nothing is copied."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def init_linear(module: nn.Module) -> None:
