@@ -10,8 +10,8 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from litvit.attention.product import attend
-from litvit.dtm.merging import crop_tokens, pad_tokens
 from litvit.errors import InputError
+from litvit.tokens import crop_tokens, pad_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on sizes.
 torch.fx.wrap("_check_tokens")

@@ -56,6 +56,7 @@ COUNTERPARTS = {
     "lit_m": "swin_small_patch4_window7_224",
     "lit_b": "swin_base_patch4_window7_224",
 }
+PUBLISHED_ARITHMETIC = {"published_lvt", "published_litv2"}  # models and their modules
 CLASSES = 1000
 MEASURED = ("inference_images_per_second", "training_memory", "test_memory")  # in PUBLISHED's order
 
@@ -329,8 +330,8 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
         One row per model: parameters, multiply-adds, images/s, and bytes including weights, gradients and optimizer.
     """
     device = args.device
-    if "published_lvt" in args.models:
-        importlib.import_module("litvit.benchmarks.published_lvt")  # registers it
+    for name in PUBLISHED_ARITHMETIC.intersection(args.models):
+        importlib.import_module(f"litvit.benchmarks.{name}")  # registers it
     models = {name: Classifier(name, args) for name in map(cli.model_name, args.models)}
     rows = {name: {"model": name, "parameters": model.parameters, "macs": model.macs} for name, model in models.items()}
     for name, model in models.items():

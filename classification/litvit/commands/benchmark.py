@@ -131,7 +131,7 @@ def _parser() -> cli.ArgumentParser:
         nargs="*",
         default=["lit_s", PEER],
         metavar="MODEL",
-        help=f"published_lvt is LVT's published arithmetic, operation by operation (lit_s {PEER})",
+        help=f"published_lvt and published_litv2 are the published arithmetic, operation by operation (lit_s {PEER})",
     )
     dtm = add("dtm", "deformable token merging and other operators", DTM_HELP, common, batch)
     dtm.add_argument(

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from litvit.dtm.deform_conv import deform_conv_tokens, sample_map
-from litvit.graphs import are_static, is_exporting
 
 # Leaves of torch.fx's traces: their Python code depends on shapes, types and devices.
 torch.fx.wrap("_check_tokens")
@@ -126,22 +125,6 @@ def _fold_norm(
     if norm_shift is not None:
         shift = shift + norm_shift
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
-
-
-def pad_tokens(x: Tensor, multiple: int) -> Tensor:
-    """Pad tokens (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
-    # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
-    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
-    return x if are_static(bottom, right) and not (bottom or right) else F.pad(x, (0, 0, 0, right, 0, bottom))
-
-
-def crop_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut tokens (B, H, W, C) off right and below: (B, *size, C)."""
-    if is_exporting() and not are_static(*size):
-        # A slice would make the graph one for sizes with padding or one for those without, by its strides.
-        rows, columns = (torch.arange(side, device=x.device) for side in size)
-        return x.index_select(1, rows).index_select(2, columns)
-    return x[:, : size[0], : size[1]]
 
 
 def offset_parameters(model: nn.Module) -> list[nn.Parameter]:

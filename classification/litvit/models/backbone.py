@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from litvit.checkpoints import keep_own_classifier, load_weights
 from litvit.downloads import cache_folder, fetch
 from litvit.errors import InputError
+from litvit.tokens import conv_tokens
 
 try:
     from timm.models._input import update_model_input_size
@@ -379,11 +380,6 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(F.gelu(conv_tokens(self.conv, self.fc1(x))))))
-
-
-def conv_tokens(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to a channels-last map. The permutations are views, nothing is copied."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def init_linear(module: nn.Module) -> None:

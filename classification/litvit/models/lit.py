@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from litvit.attention import attend, relative_attention, relative_position_bias
 from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
-from litvit.dtm.merging import pad_tokens
 from litvit.errors import InputError
 from litvit.models.backbone import (
     Backbone,
@@ -33,6 +32,7 @@ from litvit.models.backbone import (
     init_linear,
     run_blocks,
 )
+from litvit.tokens import pad_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on sizes, types and devices.
 torch.fx.wrap("_check_size")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from litvit.attention import HiLo
 from litvit.dtm import DeformableTokenMerging
-from litvit.dtm.merging import pad_tokens
 from litvit.errors import InputError
 from litvit.models.backbone import (
     Backbone,
@@ -27,6 +26,7 @@ from litvit.models.backbone import (
     run_blocks,
 )
 from litvit.models.lit import LIT, PatchEmbed
+from litvit.tokens import pad_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on sizes.
 torch.fx.wrap("check_min_size")

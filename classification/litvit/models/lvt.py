@@ -16,7 +16,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from litvit.attention import attend
-from litvit.dtm.merging import crop_tokens
 from litvit.errors import InputError
 from litvit.graphs import are_static, is_exporting
 from litvit.models.backbone import (
@@ -24,12 +23,12 @@ from litvit.models.backbone import (
     BackboneFeatures,
     ConvMlp,
     check_min_size,
-    conv_tokens,
     create_backbone,
     default_cfg,
     init_linear,
     run_blocks,
 )
+from litvit.tokens import conv_tokens, crop_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on sizes.
 torch.fx.wrap("_unfold")
