@@ -1,10 +1,29 @@
 """Operations on channels-last tokens of a map, (B, H, W, C)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litvit.functorch_support import transforms_are_active
 from litvit.graphs import are_static, is_exporting
+
+PART = 2048  # tokens per thread: enough for products to run at full speed, few enough for the cache of a core
+
+
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function to tokens, (B, H, W, C) -> (B, ...), a few images at a time where that is faster.
+
+    On a CPU, what an MLP computes in between then stays in cache, and needs no new memory. With gradients it is kept
+    anyway, and in a graph the compiler decides.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or transforms_are_active():
+        return function(x)
+    if type(x) is not Tensor or x.device.type != "cpu":  # what torch.fx and FakeTensorMode pass is of another type
+        return function(x)
+    images = max(1, PART * torch.get_num_threads() // (x.shape[1] * x.shape[2]))
+    return function(x) if images >= len(x) else torch.cat([function(part) for part in x.split(images)])
 
 
 def pad_tokens(x: Tensor, multiple: int) -> Tensor:

@@ -103,10 +103,10 @@ class HiLo(nn.Module):
         B, H, W, _ = x.shape
         s, heads, d = self.window_size, self.high_heads, self.head_dim
         h, w = H // s, W // s
-        qkv = self.h_qkv(x).view(B, h, s, w, s, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, B * h * w, heads, s * s, d).unbind(0)
-        x = attend(q, k, v, None, self.attn_drop, self.fused_attn)
-        x = x.view(B, h, w, heads, s, s, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, heads * d)
+        qkv = self.h_qkv(x).view(B, h, s, w, s, 3 * heads * d).transpose(2, 3)
+        q, k, v = qkv.reshape(B * h * w, s * s, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        x = attend(q, k, v, None, self.attn_drop, self.fused_attn).transpose(1, 2)
+        x = x.reshape(B, h, w, s, s, heads * d).transpose(2, 3).reshape(B, H, W, heads * d)
         return self.h_proj(crop_tokens(x, size))
 
     def _attend_to_means(self, x: Tensor, padded: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from litvit.checkpoints import keep_own_classifier, load_weights
 from litvit.downloads import cache_folder, fetch
+from litvit.dtm.merging import need_not_be_called
 from litvit.errors import InputError
-from litvit.tokens import conv_tokens
+from litvit.tokens import conv_tokens, in_parts
 
 try:
     from timm.models._input import update_model_input_size
@@ -379,6 +380,10 @@ class ConvMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        # A forward hook has to see all images at once.
+        return in_parts(self._apply_to, x) if all(map(need_not_be_called, self.children())) else self._apply_to(x)
+
+    def _apply_to(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(F.gelu(conv_tokens(self.conv, self.fc1(x))))))
 
 
