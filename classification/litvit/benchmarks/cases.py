@@ -30,12 +30,15 @@ from litvit.models.lit import Attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# LIT, Table 1: images/s, training and test memory in MB, on an RTX 3090, batch 64.
+# LIT, Table 1, and of LITv2 the table of its paper: images/s, training and test memory in MB, on an RTX 3090, batch 64.
 PUBLISHED = {
     "lit_ti": (1294, 5868, 1194),
     "lit_s": (1298, 5973, 1264),
     "lit_m": (638, 12248, 1473),
     "lit_b": (444, 16766, 2150),
+    "litv2_s": (1471, 5100, 1200),
+    "litv2_m": (812, 8800, 1400),
+    "litv2_b": (602, 12200, 2100),
     "resnet18": (4454, 2812, 1511),
     "resnet50": (1279, 8051, 2908),
     "resnet101": (722, 10710, 3053),
@@ -55,6 +58,9 @@ COUNTERPARTS = {
     "lit_s": "swin_tiny_patch4_window7_224",
     "lit_m": "swin_small_patch4_window7_224",
     "lit_b": "swin_base_patch4_window7_224",
+    "litv2_s": "swin_tiny_patch4_window7_224",
+    "litv2_m": "swin_small_patch4_window7_224",
+    "litv2_b": "swin_base_patch4_window7_224",
 }
 PUBLISHED_ARITHMETIC = {"published_lvt", "published_litv2"}  # models and their modules
 CLASSES = 1000
@@ -353,7 +359,7 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
 
 
 def benchmark_table1(args: argparse.Namespace) -> list[dict]:
-    """Measure the models of LIT's Table 1, and LVT, with their measured and published ratios.
+    """Measure the models of LIT's Table 1, LITv2 and LVT, with their measured and published ratios.
 
     Returns:
         Rows of `benchmark_models`, with `ratios` and `published_ratios` to the counterpart where that is measured too.

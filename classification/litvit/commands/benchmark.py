@@ -24,14 +24,14 @@ from litvit.errors import InputError
 ON_A_GPU = torch.cuda.is_available()
 _RAW = argparse.RawDescriptionHelpFormatter
 PEER = "swin_tiny_patch4_window7_224"
-TABLE1 = ("lit_ti", "lit_s", "lit_m", "lit_b", "lvt", *(name for name in PUBLISHED if name not in COUNTERPARTS))
-DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "lvt", "resnet50", PEER)
+TABLE1 = (*COUNTERPARTS, "lvt", *(name for name in PUBLISHED if name not in COUNTERPARTS))
+DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "litv2_s", "lvt", "resnet50", PEER)
 
 TABLE1_HELP = """\
-The models of LIT's Table 1, and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
+The models of LIT's Table 1, LITv2 and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
 
-Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, in brackets
-the published ones (RTX 3090, batch 64). Training is forward, backward and AdamW; no model has stochastic depth;
+Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, LITv2's
+as LIT's of the same size, in brackets the published ones (RTX 3090, batch 64; LITv2's are of its own paper). Training is forward, backward and AdamW; no model has stochastic depth;
 convolutional networks run channels-last, as their users run them. Memory (GPU only) is measured for one model at a
 time, with weights, gradients and optimizer.
 """
