@@ -16,6 +16,7 @@ from litvit.demo_data import PALETTE, SEGMENTATION_CLASSES
 
 CONFIGS = Path(__file__).parents[2] / "segmentation" / "configs"
 LIT = "lit/lit_{}_fpn_r50_512x512_80k_ade20k.py"
+LITV2 = "litv2/litv2_{}_fpn_r50_512x512_80k_ade20k.py"
 LVT = "lvt/segformer.lvt.512x512.ade.160k.py"
 
 
@@ -31,6 +32,9 @@ def build(config):
         (LIT.format("s"), 31.85),
         (LIT.format("m"), 53.72),
         (LIT.format("b"), 91.75),
+        (LITV2.format("s"), 31.45),
+        (LITV2.format("m"), 52.44),
+        (LITV2.format("b"), 89.99),
         (LVT, 3.87),
     ],
 )
@@ -59,8 +63,14 @@ def test_parameters_and_published_settings(file, millions):
     assert config.model.test_cfg.mode == "whole"
     head = config.model.decode_head
     assert (head.channels, head.dropout_ratio, head.num_classes) == (128 if lit else 256, 0.1, 150)
-    if lit and "_ti_" not in file:
-        assert (config.model.backbone.img_size, config.model.backbone.out_norms) == (512, (0, 1, 2, 3))
+    backbone = config.model.backbone
+    if "litv2" in file:
+        assert backbone.arch in file
+        assert backbone.init_cfg.checkpoint == f"pretrained/{backbone.arch}.pth"
+        assert backbone.drop_path_rate == (0.3 if "litv2_b" in file else 0.2)
+        assert (backbone.window_sizes, backbone.out_norms) == ((0, 0, 2, 1), (1, 2, 3))
+    elif lit and "_ti_" not in file:
+        assert (backbone.img_size, backbone.out_norms) == (512, (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("file", [LIT.format("ti"), LIT.format("b"), LVT])
