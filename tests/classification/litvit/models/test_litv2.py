@@ -181,7 +181,7 @@ def test_weight_decay_and_layer_decay_groups():
     order += ["stages.3.blocks.0.attn.l_kv.weight", "head.weight"]
     scales = [by_name[name] for name in order]
     assert scales == sorted(set(scales))
-    assert by_name["norm.weight"] == by_name["out_norms.1.weight"] == by_name["head.weight"]
+    assert by_name["norm.weight"] == by_name["out_norms.1.weight"] >= scales[-2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
