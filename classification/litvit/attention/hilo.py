@@ -116,7 +116,7 @@ class HiLo(nn.Module):
         q = self.l_q(x).view(B, H * W, heads, d).transpose(1, 2)
         if self.window_size > 1:
             padded = F.avg_pool2d(padded.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        k, v = self.l_kv(padded).view(B, -1, 2, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = self.l_kv(padded).flatten(1, 2).unflatten(-1, (2, heads, d)).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v, None, self.attn_drop, self.fused_attn)
         return self.l_proj(x.transpose(1, 2).reshape(B, H, W, heads * d))
 

@@ -30,10 +30,10 @@ DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "litv2_s", "lvt", "r
 TABLE1_HELP = """\
 The models of LIT's Table 1, LITv2 and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
 
-Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, LITv2's
-as LIT's of the same size, in brackets the published ones (RTX 3090, batch 64; LITv2's are of its own paper). Training is forward, backward and AdamW; no model has stochastic depth;
-convolutional networks run channels-last, as their users run them. Memory (GPU only) is measured for one model at a
-time, with weights, gradients and optimizer.
+Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S and LITv2-S / Swin-Ti, LIT-M and LITv2-M / Swin-S,
+LIT-B and LITv2-B / Swin-B, in brackets the published ones (RTX 3090, batch 64). Training is forward, backward and
+AdamW; no model has stochastic depth; convolutional networks run channels-last, as their users run them. Memory (GPU
+only) is measured for one model at a time, with weights, gradients and optimizer.
 """
 DTM_HELP = """\
 Deformable token merging in the three shapes of a model, compared with a linear merge (2 x 2, stride 2) and with the

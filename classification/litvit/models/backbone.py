@@ -389,7 +389,7 @@ class ConvMlp(nn.Module):
 
 def init_linear(module: nn.Module) -> None:
     """Initialise a linear layer: weights normal with a standard deviation of 0.02, bias zero."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:  # without numbers it would only take time
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

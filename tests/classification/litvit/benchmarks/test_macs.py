@@ -7,7 +7,7 @@ import torch
 import litvit  # noqa: F401 (registers the models)
 from litvit.benchmarks.macs import count_macs, fvcore_handles
 
-# LIT's Tables 1 to 4: parameters in M, multiply-adds in G.
+# LIT's Tables 1 to 4, and of LITv2 those of its paper: parameters in M, multiply-adds in G.
 TABLES = {
     "resnet18": ("12", "1.8"),
     "resnet50": ("26", "4.1"),
@@ -26,6 +26,9 @@ TABLES = {
     "lit_s": ("27", "4.1"),
     "lit_m": ("48", "8.6"),
     "lit_b": ("86", "15.0"),
+    "litv2_s": ("28", "3.7"),
+    "litv2_m": ("49", "7.5"),
+    "litv2_b": ("87", "13.2"),
     "lit_ti_plain": ("19", "3.6"),
     "lit_s_plain": ("27", "4.1"),
     "pvt_small_dtm": ("25", "3.8"),
@@ -74,7 +77,7 @@ def test_handles_count_attention_and_bilinear_reads():
     }
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lvt"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "litv2_s", "lvt"])
 def test_fvcore_counts_what_we_do(name):
     fvcore = pytest.importorskip("fvcore.nn")
     model = timm.create_model(name).eval()
