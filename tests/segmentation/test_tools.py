@@ -32,7 +32,6 @@ from litvit.openmmlab.tools import run_tool
 
 SEGMENTATION = Path(__file__).parents[2] / "segmentation"
 LIT_TI = SEGMENTATION / "configs/lit/lit_ti_fpn_r50_512x512_80k_ade20k.py"
-LITV2 = SEGMENTATION / "configs/litv2/litv2_s_fpn_r50_512x512_80k_ade20k.py"
 LVT = SEGMENTATION / "configs/lvt/segformer.lvt.512x512.ade.160k.py"
 
 # The demo's Semantic FPN with a tiny backbone, on the scenes of `root`.
@@ -311,11 +310,10 @@ def reduced(published, shapes, factor, file):
     return config
 
 
-@pytest.mark.parametrize("published", [LITV2, LVT])
-def test_published_config_on_another_data_set(published, shapes, tmp_path):
-    """At a quarter of its size."""
+def test_published_config_on_another_data_set(shapes, tmp_path):
+    """SegFormer's, at a quarter of its size."""
     file, checkpoint = tmp_path / "quarter.py", tmp_path / "iter_1.pth"
-    reduced(published, shapes, 4, file)
+    reduced(LVT, shapes, 4, file)
     done = run("train.py", file, "--work-dir", tmp_path)
     assert done.status == 0, done.err
     slide = ["model.test_cfg.mode=slide", "model.test_cfg.crop_size=96,96", "model.test_cfg.stride=64,64"]
