@@ -107,7 +107,7 @@ class HiLo(nn.Module):
         q, k, v = qkv.reshape(B * h * w, s * s, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v, None, self.attn_drop, self.fused_attn).transpose(1, 2)
         x = x.reshape(B, h, w, s, s, heads * d).transpose(2, 3).reshape(B, H, W, heads * d)
-        return self.h_proj(crop_tokens(x, size))
+        return crop_tokens(self.h_proj(x), size)
 
     def _attend_to_means(self, x: Tensor, padded: Tensor) -> Tensor:
         """Lo-Fi: queries from (B, H, W, dim), keys and values from the padded map -> (B, H, W, low_heads * d)."""

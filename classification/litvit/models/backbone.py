@@ -35,9 +35,9 @@ class Backbone(nn.Module, ABC):
 
     A subclass creates `stages`, an nn.Sequential, and `norm`, which follows the last stage, then its classifiers by
     `reset_classifier`. It implements `_stem`, which turns images into the input of the first stage, and, if it has a
-    class token, `_join_class_token`, which turns the last stage's map into tokens with it. It overrides
-    `from_published` if its weights are published under other names, and `_resize_entry` and `set_input_size` if some of
-    them depend on the image size.
+    class token, `_join_class_token`, which turns the last stage's map into tokens with it, and `forward_features`. It
+    overrides `from_published` if its weights are published under other names, and `_resize_entry` and `set_input_size`
+    if some of them depend on the image size.
 
     Args:
         in_chans: Number of image channels.

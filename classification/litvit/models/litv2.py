@@ -232,7 +232,7 @@ def litv2_m(pretrained: bool = False, **kwargs) -> LITv2 | BackboneFeatures:
 
 @register_model
 def litv2_b(pretrained: bool = False, **kwargs) -> LITv2 | BackboneFeatures:
-    """LITv2-B: LITv2-M with wider stages; 86.5 M parameters, 13.2 G multiply-adds at 224, 39.7 G at 384."""
+    """LITv2-B: LITv2-M with wider stages; 86.5 M parameters, 13.2 G multiply-adds at 224, 39.6 G at 384."""
     config = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
     return create_backbone(LITv2, "litv2_b", pretrained, **(config | kwargs))
 

@@ -120,6 +120,26 @@ def test_autocast_and_no_images():
     assert ours(x[:0]).shape == (0, 5, 6, 64)
 
 
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_one_graph_for_maps_of_all_sizes(window):
+    _, ours = pair(window=window)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(ours, fullgraph=True, backend=count, dynamic=True)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(ours, (tokens(8, 8),), dynamic_shapes={"x": sizes}).module()
+    with torch.no_grad():
+        for size in ((7, 10), (8, 12), (13, 9)):
+            x = tokens(*size, batch=3)
+            torch.testing.assert_close(compiled(x), ours(x))
+            torch.testing.assert_close(exported(x), ours(x))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [

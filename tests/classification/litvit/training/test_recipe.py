@@ -71,14 +71,18 @@ def test_recipe_is_the_published_run(model, own):
     assert {name: settings[name] for name in expected} == expected
 
 
-def test_fine_tuning_of_litv2_at_384():
+def test_fine_tuning_of_litv2_at_384(tmp_path):
     settings = parse_config(["data", "--config", "litv2_b_384"]).flat()
     expected = {"model": "litv2_b", "pretrained": True, "img_size": 384, "crop_pct": 1.0, "weight_decay": 1e-8}
     expected |= {"epochs": 30, "warmup_epochs": 5, "cooldown_epochs": 0, "lr_base": 2e-5, "lr_base_size": 512}
     expected |= {"min_lr_base": 2e-7, "warmup_lr_base": 2e-8, "sched_on_updates": True}
     assert {name: settings[name] for name in expected} == expected
-    own = parse_config(["data", "--config", "litv2_b_384", "--no-pretrained", "--initial-checkpoint", "weights.pth"])
-    assert (own.model.pretrained, own.model.initial_checkpoint) == (False, "weights.pth")
+    weights = tmp_path / "weights.safetensors"
+    save_weights(weights, {"w": torch.ones(1)}, {"model": "litv2_b", "img_size": 224, "crop_pct": 0.875})
+    own = parse_config(
+        ["data", "--config", "litv2_b_384", "--no-pretrained", "--initial-checkpoint", str(weights)]
+    ).flat()
+    assert {name: own[name] for name in expected} == expected | {"pretrained": False}
 
 
 def test_every_model_of_the_package_has_a_recipe():
