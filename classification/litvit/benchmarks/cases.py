@@ -31,6 +31,7 @@ from litvit.models.lit import Attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+PUBLISHED_ARITHMETIC = {"published_lvt", "published_litv2"}  # models and their modules
 CLASSES = 1000
 MEASURED = ("inference_images_per_second", "training_memory", "test_memory")  # what is published too
 
@@ -303,8 +304,8 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
     Returns:
         One row per model: parameters, multiply-adds, images/s, and bytes including weights, gradients and optimizer.
     """
-    if "published_lvt" in args.models:
-        importlib.import_module("litvit.benchmarks.published_lvt")  # registers it
+    for name in PUBLISHED_ARITHMETIC.intersection(args.models):
+        importlib.import_module(f"litvit.benchmarks.{name}")  # registers it
     return list(measure(args.models, args).values())
 
 
@@ -341,7 +342,7 @@ def measure(names: Iterable[str], args: argparse.Namespace) -> dict[str, dict]:
 
 
 def benchmark_table1(args: argparse.Namespace) -> list[dict]:
-    """Measure the models of LIT's Table 1, and LVT, with their measured and published ratios.
+    """Measure the models of LIT's Table 1, LITv2 and LVT, with their measured and published ratios.
 
     Returns:
         Rows of `benchmark_models`, with what `compare` says of the counterpart where that is measured too.

@@ -20,6 +20,7 @@ from litvit.training.report import RESULT
 SIZE = 224  # pixels per side
 IMAGENET, IMAGENET_V2 = 50_000, 10_000  # validation images
 ENTRIES = ("model", "data", "images", "num_classes", "img_size", "top1")  # of a result
+IN_TABLES = {name for table in TABLES.values() for name in table.counterparts}
 ACCURACIES = {"top1": "ImageNet", "real_top1": "ImageNet-Real", "v2_top1": "ImageNet-V2"}
 
 
@@ -82,10 +83,10 @@ def _read_result(file: Path) -> tuple[str, dict[str, float], str, str]:
     name = model.partition(".")[0]  # without the tag of its weights
     images, of_imagenet = result["images"], result["images"] == IMAGENET
     wrong = {
-        f"of {model}, which is in none of LIT's tables": name not in PUBLISHED,
+        f"of {model}, which is in none of LIT's tables": name not in IN_TABLES,
         f"for {result['num_classes']} classes, not {CLASSES}": result["num_classes"] != CLASSES,
         f"at {result['img_size']} pixels, not {SIZE}": result["img_size"] != SIZE,
-        f"of another {name}, with other --model-kwargs": name in PUBLISHED and _is_altered(name, result),
+        f"of another {name}, with other --model-kwargs": name in IN_TABLES and _is_altered(name, result),
         "with mirror images (--flip), which the paper has not": bool(result.get("flip")),
         f"on {images!r} images, not on ImageNet's {IMAGENET} or ImageNet-V2's {IMAGENET_V2}": (
             not of_imagenet and images != IMAGENET_V2

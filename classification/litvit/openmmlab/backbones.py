@@ -123,15 +123,16 @@ class MMBackbone(BaseModule):
 
 @MODELS.register_module()
 class LIT(MMBackbone):
-    """LIT (`arch`: lit_ti, lit_s, lit_m, lit_b) as backbone of mmdet and mmseg, see `MMBackbone`.
+    """LIT (`arch`: lit_ti, lit_s, lit_m, lit_b) and LITv2 (litv2_s, litv2_m, litv2_b), see `MMBackbone`.
 
-    PVT (pvt_tiny, pvt_small, pvt_medium, pvt_large) and the models of the paper's ablations are other values of `arch`.
+    PVT (pvt_tiny, pvt_small, pvt_medium, pvt_large) and the models of the papers' ablations are other values of `arch`.
 
     For models with relative position tables `img_size` is the image size of the tables, 800 in the published detectors
-    and 512 in the published segmentors; `out_norms` are the stages whose maps get a LayerNorm.
+    and 512 in the published segmentors; `out_norms` are the stages whose maps get a LayerNorm. LITv2 takes
+    `window_sizes`, the side of HiLo's windows in each stage.
     """
 
-    family = ("lit_*", "pvt_tiny", "pvt_small*", "pvt_medium", "pvt_large")
+    family = ("lit_*", "litv2_*", "pvt_tiny", "pvt_small*", "pvt_medium", "pvt_large")
 
     def __init__(self, arch: str = "lit_ti", **kwargs) -> None:
         super().__init__(arch, **kwargs)

@@ -30,6 +30,7 @@ RECIPE_OF = {
     "lvt_cls": "lvt",
     "lit_ti_plain": "lit_ti",
     **dict.fromkeys(("lit_s_plain", "swin_tiny_dtm"), "lit_s"),
+    **dict.fromkeys((f"litv2_s_alpha{tenths}" for tenths in ("00", "02", "04", "05", "07", "10")), "litv2_s"),
     **dict.fromkeys(("pvt_tiny", "pvt_medium", "pvt_large", "pvt_small_dtm", "pvt_small_msa"), "pvt_small"),
     **dict.fromkeys((f"pvt_small_msa_no{stages}" for stages in ("1", "12", "123", "1234")), "pvt_small"),
 }
