@@ -141,8 +141,8 @@ class LITv2(Backbone):
             "mlp_ratios": mlp_ratios,
         }
         for name, values in of_stages.items():
-            if len(values) != len(dims):
-                raise InputError(f"{name} must have one number for each of the {len(dims)} stages, got {tuple(values)}")
+            if isinstance(values, int | float) or len(values) != len(dims):
+                raise InputError(f"{name} must have one number for each of the {len(dims)} stages, got {values}")
         if img_size is not None:
             self.set_input_size(img_size)
         self._set_global_pool(global_pool)
