@@ -35,7 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         left = list(sys.argv[1:] if args is None else args)
         numbers, words = {}, {}
         for action in self._actions:
-            if action.nargs in ("+", "*") and action.type in (int, float):
+            if action.nargs in ("+", "*", "?") and action.type in (int, float):
                 numbers |= dict.fromkeys(action.option_strings, _is_number)
             elif action.nargs in ("+", "*") and action.choices:
                 words |= dict.fromkeys(action.option_strings, action.choices.__contains__)
