@@ -138,6 +138,15 @@ class Browser:
                 raise TimeoutError(f"not in {PATIENCE} s: {condition}; {self.problems}")
             time.sleep(0.02)
 
+    def choose(self, selector: str, value: object) -> None:
+        """Choose the value of a slider or a list."""
+        script = f"""(() => {{
+            const node = document.querySelector({json.dumps(selector)});
+            node.value = {json.dumps(str(value))};
+            for (const kind of ["input", "change"]) node.dispatchEvent(new Event(kind));
+        }})()"""
+        self.run(script)
+
     def place(self, selector: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
         """Scroll an element into view. Returns the place at a share of its width and height, in the window."""
         script = f"""(() => {{
