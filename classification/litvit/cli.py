@@ -21,8 +21,8 @@ TRACEBACK = "LIT_TRACEBACK"
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one line: the wrong input, and how to list the flags.
 
-    A flag that takes several numbers, or several of a few words, ends where they end: `--img-size 224 DATA_DIR` is one
-    number and a folder.
+    A flag that takes several numbers, one or none, or several of a few words, ends where they end: `--img-size 224
+    DATA_DIR` is one number and a folder, `--dry-run DATA_DIR` no number and a folder.
     The program's name is "train.py" of a script, "litvit train" of a command.
     """
 

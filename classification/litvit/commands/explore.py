@@ -48,7 +48,7 @@ def parse_settings(argv: Sequence[str] | None) -> list[argparse.Namespace]:
     add("--checkpoint", metavar="WEIGHTS", help=f"{CHECKPOINT_HELP}; several: to be compared")
     add("-n", "--num-images", type=int, default=8, metavar="N", help="images at most, evenly spread (8)")
     add("-k", "--topk", type=int, default=5, metavar="N", help="classes per image (5)")
-    add("--output", type=Path, metavar="FILE", help=f"page to write ({PAGE})")
+    add("--output", type=Path, metavar="FILE", help=f"page to be written ({PAGE})")
     port = {"type": int, "nargs": "?", "const": 0, "metavar": "PORT"}
     add("--serve", **port, help="show the page on this machine, to drop pictures on, and write no file (a free port)")
     add("--device", metavar="NAME", help="cuda, cpu ... (cuda if available)")

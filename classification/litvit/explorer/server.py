@@ -91,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = [f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")]
         origin = self.headers.get("Origin")
         is_own = origin is None or origin in [f"http://{host}" for host in hosts]
-        if self.headers.get("Host") in hosts and is_own and self.headers.get("Sec-Fetch-Site") != "cross-site":
+        is_own &= self.headers.get("Sec-Fetch-Site") in (None, "none", "same-origin")
+        if self.headers.get("Host") in hosts and is_own:
             return False
         self._complain(403, f"this page is for {self.server.address} alone")
         return True

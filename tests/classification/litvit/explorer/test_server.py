@@ -97,6 +97,7 @@ def test_the_answer(server, folder):
         {"Origin": "http://127.0.0.1:1"},
         {"Origin": "https://127.0.0.1:PORT"},
         {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
     ],
 )
 def test_others_are_refused(server, folder, method, headers):
