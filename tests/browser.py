@@ -18,7 +18,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
     "--remote-debugging-pipe",
 )
-PATIENCE = 30  # seconds that anything may take
+PATIENCE = 60  # seconds that anything may take
 
 
 class Browser:

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for i in range(len(images)):
         try:
             picture = explore(explorers, lambda i=i: images.open(i)[0], images.name(i))
-            pictures.append(picture | {"name": "/".join(Path(picture["name"]).parts[-2:])})
+            pictures.append(picture | {"name": str(Path(*Path(picture["name"]).parts[-2:]))})
         except InputError as error:
             problems.append(str(error))
     if settings.serve is None and not pictures:

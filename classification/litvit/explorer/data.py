@@ -23,7 +23,7 @@ from torch import Tensor
 
 from litvit.attention.maps import AttentionReader
 from litvit.data.dataset import transform_image
-from litvit.dtm.offsets import merging_modules, predict_offsets, sampling_tree
+from litvit.dtm.offsets import PATCH_SIZE, merging_modules, predict_offsets, sampling_tree
 from litvit.errors import InputError, printable
 from litvit.training.classifier import Classifier, best_classes
 
@@ -172,7 +172,8 @@ def _pack_tree(tree: Sequence[Tensor]) -> dict[str, Any]:
     largest = max(level.abs().max().item() for level in tree)
     step = largest / np.iinfo(np.int16).max or 1.0
     packed = b"".join((level.double() / step).round().numpy().astype("<i2").tobytes() for level in tree)
-    return {"grid": tree[0].shape[:2], "levels": len(tree), "step": step, "data": _compress(packed)}
+    places = {"grid": tree[0].shape[:2], "stride": PATCH_SIZE * 2 ** len(tree), "patch": PATCH_SIZE}
+    return {**places, "levels": len(tree), "step": step, "data": _compress(packed)}
 
 
 def _pack_attention(rows: Sequence[Tensor]) -> str:
