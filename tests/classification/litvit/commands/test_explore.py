@@ -200,12 +200,12 @@ def test_serve_prints_its_address_and_ends_with_ctrl_c(folder, tmp_path):
         try:
             line = process.stdout.readline()
             address = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends it\)\n", line)[1]
-            with urllib.request.urlopen(address, timeout=20) as answer:
+            with urllib.request.urlopen(address, timeout=60) as answer:
                 data = data_of(answer.read().decode())
             assert len(data["pictures"]) == 1
             assert data["maxBytes"] > 0
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             assert process.stderr.read() == ""
         finally:
             process.kill()

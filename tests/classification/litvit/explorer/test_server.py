@@ -26,7 +26,7 @@ def server(explorer):
 
 def ask(server, method="GET", path="/", body=None, length=None, **headers):
     """Send a request. Returns the status and the answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     connection.putrequest(method, path, skip_host=True)
     headers = {"Host": f"127.0.0.1:{server.server_port}", **headers}
     if body is not None:
