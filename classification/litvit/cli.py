@@ -160,5 +160,6 @@ def model_name(name: str) -> str:
             "https://huggingface.co/OWNER/NAME/resolve/main/model.safetensors"
         )
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"LIT's models: {', '.join(list_models('lit_*'))}"
+    ours = ", ".join(list_models(["lit_*", "litv2_?"]))
+    hint = f"did you mean {', '.join(near)}?" if near else f"LIT's models: {ours}"
     raise InputError(f"unknown model '{name}'; {hint} (a model of your own: --import the module that registers it)")

@@ -6,9 +6,15 @@ from datetime import datetime, timedelta
 
 import benchmark
 import pytest
+import timm
 import torch
+import validate
+from PIL import Image
+
+from litvit.runs.folder import save_weights
 
 QUICK = ("--repeats", 1, "--threads", 1)
+SIZES = ("--no-speed", "--threads", 1)
 
 
 @pytest.fixture
@@ -50,6 +56,152 @@ def test_table1_puts_the_published_ratios_next_to_the_measured(measure):
     line = next(line for line in out.splitlines() if line.startswith("| lit_ti | 19.89 | 3.61 |"))
     assert f"{lit['ratios']['inference_images_per_second']:.2f} (1.29)" in line
     assert "ratios" not in other
+
+
+@pytest.fixture(scope="module")
+def report_of_validate(digits, tmp_path_factory):
+    """Folder of a report that validate.py has written, of a small LIT on 40 digits."""
+    folder = tmp_path_factory.mktemp("report")
+    kwargs = {"dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
+    model = timm.create_model("lit_ti", num_classes=10, img_size=32, **kwargs)
+    description = {"model": "lit_ti", "img_size": 32, "num_classes": 10, "model_kwargs": kwargs}
+    save_weights(folder / "weights.safetensors", model.state_dict(), description)
+    flags = ["--checkpoint", folder / "weights.safetensors", "--report", folder, "--device", "cpu", "-j", 0]
+    assert validate.main([str(digits), *map(str, flags)]) == 0
+    return folder
+
+
+@pytest.fixture
+def write_result(report_of_validate, tmp_path):
+    """Write what validate.py would have written of ImageNet, with changes; return the file."""
+
+    def write(name, **changes):
+        result = json.loads((report_of_validate / "result.json").read_text())
+        assert result.pop("parameters") < 1e6  # of the small LIT
+        result |= {"data": "/imagenet", "images": 50_000, "num_classes": 1000, "img_size": 224, **changes}
+        file = tmp_path / name
+        file.write_text(json.dumps(result))
+        return file
+
+    return write
+
+
+def test_paper_puts_published_numbers_beside_those_it_counts(measure):
+    out, rows = measure("paper", "--tables", 4, 2, 2, *SIZES)
+    assert "| LIT-Ti | lit_ti | 19.89 (19) | 3.61 (3.6) | - (81.1) |" in out
+    assert "| PVT-S, MSA in stages 2 to 4 | pvt_small_msa_no1 | 20.14 (20) | 4.45 (4.5) | - (80.8) |" in out
+    assert out.index("## Table 2") < out.index("## Table 4")
+    assert not any(text in out for text in ("Table 1", "Table 3", "images/s", "medians", "Results"))
+    assert [row["model"] for row in rows[:4]] == ["lit_ti_plain", "lit_ti", "lit_s_plain", "lit_s"]
+    assert rows[1]["published"]["macs"] == 3.6
+
+
+def test_paper_times_a_model_beside_its_counterpart(measure):
+    out, rows = measure("paper", "--tables", 2, "--batch-size", 1, *QUICK)
+    plain, lit, *_ = rows
+    assert lit["counterpart"] == "lit_ti_plain"
+    for key in ("inference_images_per_second", "training_images_per_second"):
+        assert lit["ratios"][key] == pytest.approx(lit[key] / plain[key])
+    speed = f"{lit['inference_images_per_second']:.1f} | {lit['ratios']['inference_images_per_second']:.2f}"
+    assert f"| lit_ti_plain | {speed} |" in out
+
+
+def test_paper_shows_what_validate_has_found(measure, write_result, tmp_path):
+    report = tmp_path / "report"
+    report.mkdir()
+    write_result("report/result.json", model="lit_ti.in1k", checkpoint="pretrained", top1=81.084, real_top1=86.62)
+    other = write_result("v|2.json", model="lit_ti", checkpoint="tiny.pth", top1=70.4, images=10_000, data="/v2")
+    elsewhere = write_result("resnet.json", model="resnet18")  # in Table 1 alone
+    out, rows = measure("paper", "--tables", 2, *SIZES, "--results", report, other, elsewhere)
+    assert "| lit_ti | 19.89 (19) | 3.61 (3.6) | 81.08 (81.1) | 86.62 (86.6) | 70.40 (70.4) |" in out
+    assert "| lit_s | 27.97 (27) | 4.08 (4.1) | - (81.5) | - (86.4) | - (70.4) |" in out
+    assert f"| lit_ti | ImageNet-V2 | tiny.pth | {tmp_path}/v\\|2.json | /v2 |" in out
+    origin = {"weights": "lit_ti.in1k", "file": f"{report}/result.json", "data": "/imagenet"}
+    assert rows[1]["accuracies"]["top1"] == {"percent": 81.084, **origin}
+    assert rows[3]["accuracies"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet34"}, "is a result of resnet34, which is in none of LIT's tables"),
+        ({"num_classes": 10}, "is a result for 10 classes, not 1000"),
+        ({"parameters": 5}, "is a result of another lit_ti, with other --model-kwargs"),
+        ({"img_size": [224, 384]}, "is a result at [224, 384] pixels, not 224"),
+        ({"flip": True}, "is a result with mirror images (--flip)"),
+        ({"images": 40}, "is a result on 40 images, not on ImageNet's 50000 or ImageNet-V2's 10000"),
+        ({"images": 10_000, "real_top1": 80.0}, "is a result on 10000 images with labels of ImageNet-Real"),
+        ({"top1": None}, "top1 is null, not a percentage"),
+        ({"real_top1": "86"}, 'real_top1 is "86", not a percentage'),
+        ({"top1": 810.0}, "top1 is 810.0, not a percentage"),
+    ],
+)
+def test_paper_refuses_results_that_do_not_belong_in_its_tables(run_main, write_result, tmp_path, changes, message):
+    file = write_result("result.json", **changes)
+    outcome = run_main(benchmark, "paper", *SIZES, "--results", file, "--output", tmp_path / "out")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {file}")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("top1: 81.1", "is not JSON"),
+        ("\N{DEGREE SIGN}".encode("latin-1"), "is not JSON"),
+        ("[81.1]", "it lacks model, data, images, num_classes, img_size, top1"),
+        ('{"rows": [], "model": "lit_ti"}', "it lacks data, images, num_classes, img_size, top1"),
+    ],
+)
+def test_paper_refuses_files_that_are_no_results(run_main, tmp_path, text, message):
+    file = tmp_path / "result.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    outcome = run_main(benchmark, "paper", *SIZES, "--results", file)
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert outcome.err.startswith(f"error: {file}")
+    assert message in outcome.err
+
+
+def test_paper_refuses_folders_without_a_result_and_two_results_of_one_model(run_main, write_result, tmp_path):
+    outcome = run_main(benchmark, "paper", *SIZES, "--results", tmp_path)
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert f"cannot read {tmp_path}/result.json: No such file" in outcome.err
+    first, second = write_result("a.json"), write_result("b.json", model="lit_ti.in1k")
+    outcome = run_main(benchmark, "paper", *SIZES, "--results", first, second)
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert f"{first} and {second} are both ImageNet results of lit_ti" in outcome.err
+
+
+def test_paper_writes_a_report_with_charts(run_main, write_result, tmp_path):
+    folder = tmp_path / "new" / "report"
+    results = write_result("result.json", model="lit_ti_plain", top1=80.1)
+    outcome = run_main(benchmark, "paper", "--tables", 2, *SIZES, "--results", results, "--output", folder)
+    assert outcome.status == 0, outcome.err
+    assert sorted(file.name for file in folder.iterdir()) == ["ablations.png", "paper.json", "paper.md"]
+    with Image.open(folder / "ablations.png") as picture:
+        assert min(picture.size) >= 300
+    text = (folder / "paper.md").read_text()
+    assert outcome.out.strip() in text
+    assert "(ablations.png)" in text
+    assert len(json.loads((folder / "paper.json").read_text())["rows"]) == 4
+    for name in ("speed.png", "notes.txt"):
+        (folder / name).touch()
+    assert run_main(benchmark, "paper", "--tables", 4, *SIZES, "--output", folder).status == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["ablations.png", "notes.txt", "paper.json", "paper.md"]
+    assert "Table 2" not in (folder / "paper.md").read_text()
+
+
+def test_paper_that_fails_leaves_no_folder(run_main, tmp_path):
+    folder = tmp_path / "report"
+    flags = ("--tables", 2, "--batch-size", 1, *QUICK)
+    assert run_main(benchmark, "paper", *flags, "--compile", "fast", "--output", folder).status == 2
+    assert not folder.exists()
+    folder.touch()
+    outcome = run_main(benchmark, "paper", *flags, "--output", folder)
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert f"cannot write to '{folder}': File exists" in outcome.err
 
 
 def test_models_can_be_compiled_and_run_in_half_precision(measure):
@@ -111,6 +263,7 @@ def test_the_command_names_machine_and_versions(run_script, tmp_path):
     ("subcommand", "text"),
     [
         ((), "medians"),
+        (("paper",), "ImageNet-V2"),
         (("table1",), "LIT-S / Swin-Ti"),
         (("models",), "published_lvt"),
         (("dtm",), "linear merge"),
@@ -129,6 +282,8 @@ def test_help_says_what_is_compared(run_main, subcommand, text):
     ("args", "message"),
     [
         (["models", "lit_z"], "unknown model 'lit_z'"),
+        (["paper", "--tables", "5"], "invalid choice: 5 (choose from 1, 2, 3, 4)"),
+        (["paper", "--tables", "two"], "argument --tables: expected at least one argument"),
         (["dtm", "--batch-size", "abc"], "'abc' is not a whole number above 0"),
         (["dtm", "--device", "tpu9"], "'tpu9'"),
         (["dtm", "--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from litvit.attention.hilo import HiLo
 from litvit.errors import InputError
 
 # Queries of the published maps of PVT (LIT, figure 3), near the centre of the maps of an image of 224 x 224 pixels.
@@ -56,6 +57,8 @@ class Layout:
 @dataclass
 class Attention:
     """The attention of one block, or of one pass of a block that applies it several times.
+
+    The passes of HiLo are Hi-Fi and Lo-Fi.
 
     Attributes:
         stage: Number of the stage, from 1.
@@ -327,7 +330,12 @@ def _find_layout(name: str, shape: torch.Size, model: nn.Module, size: tuple[int
     # Strides that the model names, else all that an image may have.
     strides = [info["reduction"] for info in getattr(model, "feature_info", ()) if isinstance(info, dict)]
     grids = {_divide(size, stride): stride for stride in reversed(sorted(strides) or range(1, min(size) + 1))}
-    block = model.get_submodule(name.rpartition(".")[0])
+    attention, block = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if isinstance(attention, HiLo) and n == m == (s := attention.window_size) ** 2 > 1:  # Hi-Fi
+        for grid, stride in reversed(grids.items()):
+            windows = _window_tokens(grid, (s, s), (0, 0))
+            if len(windows) == groups:
+                return Layout(grid, grid, stride, windows=windows)
     window, shift, grid = (getattr(block, part, None) for part in ("window_size", "shift_size", "input_resolution"))
     if window and shift and grid:  # a block of timm's Swins
         windows = _window_tokens(grid, window, shift)

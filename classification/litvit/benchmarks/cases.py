@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -22,42 +22,18 @@ from torch import Tensor, nn
 
 from litvit import cli
 from litvit.attention import PATHS, choose_path, relative_attention
-from litvit.benchmarks.macs import count_macs
+from litvit.benchmarks.macs import count_macs, count_parameters
 from litvit.benchmarks.measuring import interleaved_medians, peak_memory
+from litvit.benchmarks.published import COUNTERPARTS, PUBLISHED
 from litvit.dtm import deform_conv_tokens
 from litvit.errors import InputError
 from litvit.models.lit import Attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# LIT, Table 1: images/s, training and test memory in MB, on an RTX 3090, batch 64.
-PUBLISHED = {
-    "lit_ti": (1294, 5868, 1194),
-    "lit_s": (1298, 5973, 1264),
-    "lit_m": (638, 12248, 1473),
-    "lit_b": (444, 16766, 2150),
-    "resnet18": (4454, 2812, 1511),
-    "resnet50": (1279, 8051, 2908),
-    "resnet101": (722, 10710, 3053),
-    "deit_tiny_patch16_224": (3398, 2170, 314),
-    "deit_small_patch16_224": (1551, 4550, 713),
-    "deit_base_patch16_224": (582, 10083, 1939),
-    "pvt_tiny": (1768, 4316, 1269),
-    "pvt_small": (1007, 6996, 1356),
-    "pvt_medium": (680, 9546, 1506),
-    "pvt_large": (481, 13343, 1637),
-    "swin_tiny_patch4_window7_224": (961, 6211, 1493),
-    "swin_small_patch4_window7_224": (582, 9957, 1697),
-    "swin_base_patch4_window7_224": (386, 13705, 2453),
-}
-COUNTERPARTS = {
-    "lit_ti": "pvt_small",
-    "lit_s": "swin_tiny_patch4_window7_224",
-    "lit_m": "swin_small_patch4_window7_224",
-    "lit_b": "swin_base_patch4_window7_224",
-}
+PUBLISHED_ARITHMETIC = {"published_lvt", "published_litv2"}  # models and their modules
 CLASSES = 1000
-MEASURED = ("inference_images_per_second", "training_memory", "test_memory")  # in PUBLISHED's order
+MEASURED = ("inference_images_per_second", "training_memory", "test_memory")  # what is published too
 
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
@@ -238,7 +214,7 @@ class Classifier:
             self.macs = count_macs(model)
         except (RuntimeError, TypeError, AssertionError) as error:
             raise InputError(f"{name} is no classifier of images of 224 x 224: {error}") from error
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = count_parameters(model)
         layout = torch.channels_last if is_convolutional(model) else torch.preserve_format
         self.model = model.to(dtype=DTYPES[args.dtype], memory_format=layout)
         self.run = compiled(self.model, args.compile)
@@ -289,8 +265,8 @@ def _without_stochastic_depth(model: nn.Module) -> nn.Module:
 
 def is_convolutional(model: nn.Module) -> bool:
     """Return whether most of a model's parameters belong to convolutions: it is then fastest channels-last."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)) > total
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    return 2 * weights > count_parameters(model)
 
 
 def compiled(model: nn.Module, how: str | None) -> nn.Module:
@@ -328,10 +304,23 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
     Returns:
         One row per model: parameters, multiply-adds, images/s, and bytes including weights, gradients and optimizer.
     """
+    for name in PUBLISHED_ARITHMETIC.intersection(args.models):
+        importlib.import_module(f"litvit.benchmarks.{name}")  # registers it
+    return list(measure(args.models, args).values())
+
+
+def measure(names: Iterable[str], args: argparse.Namespace) -> dict[str, dict]:
+    """Measure classifiers interleaved, and leave the device free.
+
+    Args:
+        names: Names of the models.
+        args: Flags batch_size, device, dtype, amp_dtype, compile, repeats.
+
+    Returns:
+        Rows of `benchmark_models` by name.
+    """
     device = args.device
-    if "published_lvt" in args.models:
-        importlib.import_module("litvit.benchmarks.published_lvt")  # registers it
-    models = {name: Classifier(name, args) for name in map(cli.model_name, args.models)}
+    models = {name: Classifier(name, args) for name in map(cli.model_name, names)}
     rows = {name: {"model": name, "parameters": model.parameters, "macs": model.macs} for name, model in models.items()}
     for name, model in models.items():
         model.start_inference()
@@ -348,27 +337,31 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
     for name, row in rows.items():
         row["inference_images_per_second"] = args.batch_size / inference[name]
         row["training_images_per_second"] = args.batch_size / training[name]
-    return list(rows.values())
+        models[name].leave()
+    return rows
 
 
 def benchmark_table1(args: argparse.Namespace) -> list[dict]:
-    """Measure the models of LIT's Table 1, and LVT, with their measured and published ratios.
+    """Measure the models of LIT's Table 1, LITv2 and LVT, with their measured and published ratios.
 
     Returns:
-        Rows of `benchmark_models`, with `ratios` and `published_ratios` to the counterpart where that is measured too.
+        Rows of `benchmark_models`, with what `compare` says of the counterpart where that is measured too.
     """
-    rows = benchmark_models(args)
-    by_name = {row["model"]: row for row in rows}
-    for name, row in by_name.items():
-        peer = COUNTERPARTS.get(name)
-        if peer not in by_name:
-            continue
-        keys = (*MEASURED, "training_images_per_second")
-        row["counterpart"] = peer
-        row["ratios"] = {key: row[key] / by_name[peer][key] for key in keys if row[key] is not None}
-        pairs = zip(MEASURED, PUBLISHED[name], PUBLISHED[peer], strict=True)
-        row["published_ratios"] = {key: ours / theirs for key, ours, theirs in pairs}
-    return rows
+    rows = {row["model"]: row for row in benchmark_models(args)}
+    return [row | compare(row, rows.get(COUNTERPARTS.get(name))) for name, row in rows.items()]
+
+
+def compare(row: dict, other: dict | None) -> dict:
+    """Return `counterpart`, `ratios` and `published_ratios` of a model to another one; nothing if there is none."""
+    if other is None:
+        return {}
+    keys = [key for key in (*MEASURED, "training_images_per_second") if row.get(key) is not None]
+    pairs = {key: tuple(getattr(PUBLISHED[each["model"]], key) for each in (row, other)) for key in MEASURED}
+    return {
+        "counterpart": other["model"],
+        "ratios": {key: row[key] / other[key] for key in keys},
+        "published_ratios": {key: own / theirs for key, (own, theirs) in pairs.items() if own and theirs},
+    }
 
 
 def benchmark_dense(args: argparse.Namespace) -> list[dict]:

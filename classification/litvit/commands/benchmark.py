@@ -17,23 +17,32 @@ import torch
 
 from litvit import cli
 from litvit.benchmarks import report
-from litvit.benchmarks.cases import COUNTERPARTS, DTYPES, PUBLISHED
+from litvit.benchmarks.cases import DTYPES
 from litvit.benchmarks.exported import file_kind
+from litvit.benchmarks.paper import read_results
+from litvit.benchmarks.published import COUNTERPARTS, TABLES
 from litvit.errors import InputError
 
 ON_A_GPU = torch.cuda.is_available()
 _RAW = argparse.RawDescriptionHelpFormatter
 PEER = "swin_tiny_patch4_window7_224"
-TABLE1 = ("lit_ti", "lit_s", "lit_m", "lit_b", "lvt", *(name for name in PUBLISHED if name not in COUNTERPARTS))
-DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "lvt", "resnet50", PEER)
+TABLE1 = (*COUNTERPARTS, "lvt", *(name for name in TABLES[1].counterparts if name not in COUNTERPARTS))
+DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "litv2_s", "lvt", "resnet50", PEER)
 
 TABLE1_HELP = """\
-The models of LIT's Table 1, and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
+The models of LIT's Table 1, LITv2 and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
 
-Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, in brackets
-the published ones (RTX 3090, batch 64). Training is forward, backward and AdamW; no model has stochastic depth;
-convolutional networks run channels-last, as their users run them. Memory (GPU only) is measured for one model at a
-time, with weights, gradients and optimizer.
+Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S and LITv2-S / Swin-Ti, LIT-M and LITv2-M / Swin-S,
+LIT-B and LITv2-B / Swin-B, in brackets the published ones (RTX 3090, batch 64). Training is forward, backward and
+AdamW; no model has stochastic depth; convolutional networks run channels-last, as their users run them. Memory (GPU
+only) is measured for one model at a time, with weights, gradients and optimizer.
+"""
+PAPER_HELP = """\
+LIT's Tables 1 to 4: parameters, multiply-adds, images/s, peak memory and top-1 accuracy, each measured (published).
+
+Models that a table compares take turns; each model is measured once, as in table1. Ratios are to the counterpart.
+Accuracies are those that litvit validate has found, "-" where there is none. A result of 50,000 images is ImageNet's,
+with --real-labels also ImageNet-Real's, one of 10,000 images is ImageNet-V2's.
 """
 DTM_HELP = """\
 Deformable token merging in the three shapes of a model, compared with a linear merge (2 x 2, stride 2) and with the
@@ -91,6 +100,7 @@ def _device(text: str) -> torch.device:
 
 def _flags(repeats: int = 15) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
+    flags.set_defaults(output=None)
     flags.add_argument("--repeats", type=_positive, default=repeats, metavar="N", help=f"rounds to time ({repeats})")
     flags.add_argument("--json", type=Path, metavar="FILE", help="JSON file for the figures")
     return flags
@@ -122,6 +132,15 @@ def _parser() -> cli.ArgumentParser:
     def add(name: str, help_: str, description: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return subcommands.add_parser(name, help=help_, description=description, parents=parents, formatter_class=_RAW)
 
+    paper = add("paper", "LIT's Tables 1 to 4, measured and published", PAPER_HELP, common, batch, amp, compile_)
+    numbers = list(TABLES)
+    paper.add_argument(
+        "--tables", nargs="+", type=int, choices=numbers, default=numbers, metavar="N", help="tables (1 2 3 4)"
+    )
+    results_help = "results: files of litvit validate --results-file, or folders of its --report"
+    paper.add_argument("--results", nargs="+", type=Path, default=[], metavar="FILE", help=results_help)
+    paper.add_argument("--no-speed", dest="speed", action="store_false", help="leave out images/s and memory")
+    paper.add_argument("--output", type=Path, metavar="DIR", help="folder for paper.md, paper.json and charts")
     table1 = add("table1", "classifiers and their counterparts", TABLE1_HELP, common, batch, amp, compile_)
     table1.add_argument("models", nargs="*", default=TABLE1, metavar="MODEL", help=f"({' '.join(TABLE1)})")
     models_help = "Figures of any of timm's models; ratios are to the last one."
@@ -131,7 +150,7 @@ def _parser() -> cli.ArgumentParser:
         nargs="*",
         default=["lit_s", PEER],
         metavar="MODEL",
-        help=f"published_lvt is LVT's published arithmetic, operation by operation (lit_s {PEER})",
+        help=f"published_lvt and published_litv2 are the published arithmetic, operation by operation (lit_s {PEER})",
     )
     dtm = add("dtm", "deformable token merging and other operators", DTM_HELP, common, batch)
     dtm.add_argument(
@@ -180,5 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--amp-dtype {args.amp_dtype} is for --dtype float32, not {args.dtype}")
     if args.tf32 and args.device.type == "cpu":
         raise InputError("--tf32 is for GPUs, this is a CPU")
+    if args.subcommand == "paper":
+        args.tables, args.results = sorted(set(args.tables)), read_results(args.results)
+        shown = {name for number in args.tables for name in TABLES[number].counterparts}
+        if others := args.results.keys() - shown:
+            print(f"not in --tables {shlex.join(map(str, args.tables))}: {', '.join(sorted(others))}", file=sys.stderr)
     report.run(args, f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}")
     return 0

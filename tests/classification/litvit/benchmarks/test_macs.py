@@ -6,36 +6,8 @@ import torch
 
 import litvit  # noqa: F401 (registers the models)
 from litvit.benchmarks.macs import count_macs, fvcore_handles
+from litvit.benchmarks.published import PUBLISHED
 
-# LIT's Tables 1 to 4: parameters in M, multiply-adds in G.
-TABLES = {
-    "resnet18": ("12", "1.8"),
-    "resnet50": ("26", "4.1"),
-    "resnet101": ("45", "7.9"),
-    "deit_tiny_patch16_224": ("5", "1.3"),
-    "deit_small_patch16_224": ("22", "4.6"),
-    "deit_base_patch16_224": ("86", "17.5"),
-    "pvt_tiny": ("13", "1.9"),
-    "pvt_small": ("25", "3.8"),
-    "pvt_medium": ("44", "6.7"),
-    "pvt_large": ("61", "9.8"),
-    "swin_tiny_patch4_window7_224": ("28", "4.5"),
-    "swin_small_patch4_window7_224": ("50", "8.7"),
-    "swin_base_patch4_window7_224": ("88", "15.4"),
-    "lit_ti": ("19", "3.6"),
-    "lit_s": ("27", "4.1"),
-    "lit_m": ("48", "8.6"),
-    "lit_b": ("86", "15.0"),
-    "lit_ti_plain": ("19", "3.6"),
-    "lit_s_plain": ("27", "4.1"),
-    "pvt_small_dtm": ("25", "3.8"),
-    "swin_tiny_dtm": ("28", "4.5"),
-    "pvt_small_msa": ("20", "8.4"),
-    "pvt_small_msa_no1": ("20", "4.5"),
-    "pvt_small_msa_no12": ("19", "3.6"),
-    "pvt_small_msa_no123": ("17", "3.0"),
-    "pvt_small_msa_no1234": ("14", "2.8"),
-}
 # What is counted where the published digits are others, see docs/models.md.
 DIFFERENT = {
     "pvt_small": (24.49, 3.82),
@@ -47,13 +19,14 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_models_of_the_papers_tables(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     parameters, macs = sum(parameter.numel() for parameter in model.parameters()) / 1e6, count_macs(model) / 1e9
-    found = (str(int(parameters)), f"{parameters:.0f}"), f"{macs:.1f}"  # the paper rounds parameters, or rounds down
-    agrees = TABLES[name][0] in found[0] and TABLES[name][1] == found[1]
+    published = PUBLISHED[name]
+    counted = int(parameters), round(parameters)  # the paper rounds parameters, or rounds down
+    agrees = published.parameters in counted and published.macs == round(macs, 1)
     assert agrees == (name not in DIFFERENT)
     if not agrees:
         assert (round(parameters, 2), round(macs, 2)) == DIFFERENT[name]
@@ -74,7 +47,7 @@ def test_handles_count_attention_and_bilinear_reads():
     }
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lvt"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "litv2_s", "lvt"])
 def test_fvcore_counts_what_we_do(name):
     fvcore = pytest.importorskip("fvcore.nn")
     model = timm.create_model(name).eval()
