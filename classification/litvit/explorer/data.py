@@ -86,6 +86,7 @@ class Explorer:
                     "keyGrid": found.layout.key_grid,
                     "stride": found.layout.stride,
                     "keyStride": found.layout.stride * found.layout.reduction,
+                    "keysPerQuery": found.layout.tokens(of_keys=True).shape[1] + found.layout.prefixes[1],
                 }
                 for found in self.attentions
             ],

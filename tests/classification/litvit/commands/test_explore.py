@@ -90,6 +90,7 @@ def test_the_numbers_of_a_page_are_the_models(folder, tmp_path, capsys):
         (3, 1, 2, [4, 4]),
         (4, 0, 4, [2, 2]),
     ]
+    assert [a["keysPerQuery"] for a in model["attentions"]] == [16, 16, 4 + 1]  # a class token in stage 4
     packed = unpack(seen["attention"])
     start = 4 * sum(row.shape[0] * row.shape[1] for row in rows)
     largest = np.split(np.frombuffer(packed[:start], "<f4"), np.cumsum([r.shape[0] * r.shape[1] for r in rows])[:-1])
@@ -135,6 +136,15 @@ def test_checkpoints_of_other_models_and_sizes(folder, tmp_path):
     places = [(a["stage"], a["block"], a["pass"]) for a in data["models"][0]["attentions"]]
     assert places == [(stage, 0, number) for stage in (2, 3, 4) for number in (1, 2)]
     assert ["merging" in seen for seen in data["pictures"][0]["seen"]] == [False, True]
+
+
+def test_windows_and_means_of_litv2(folder, tmp_path):
+    small = {"dims": (8, 8, 16, 16), "depths": (1,) * 4, "num_heads": (0, 0, 4, 4), "alpha": 0.5, "img_size": 64}
+    save(tmp_path / "litv2.safetensors", "litv2_s", 64, **small)
+    image = str(folder / "images" / "0.png")
+    (model,) = run(tmp_path, tmp_path / "page.html", image, weights="litv2.safetensors")["models"]
+    found = [(a["stage"], a["pass"], a["heads"], a["keyGrid"], a["keysPerQuery"]) for a in model["attentions"]]
+    assert found == [(3, 1, 2, [4, 4], 4), (3, 2, 2, [2, 2], 4), (4, 1, 4, [2, 2], 4)]
 
 
 def test_maps_of_too_many_tokens_are_left_out(folder, tmp_path):
