@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litvit.attention.maps import AttentionAverages
+from litvit.attention.maps import AttentionAverages, AttentionReader
 from litvit.errors import InputError
 
 LIT = {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "num_heads": (0, 0, 2, 4), "num_classes": 3}
@@ -283,3 +283,40 @@ def test_queries_that_do_not_fit(queries, message):
     model = create("lit_ti", img_size=(64, 96), **LIT)
     with pytest.raises(InputError, match=message):
         AttentionAverages(model, (3, 64, 96), queries)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"),
+    [
+        ("lit_ti", (64, 96), {**LIT, "img_size": (64, 96)}),
+        ("lvt", (64, 96), LVT),
+        ("litv2_s", (64, 96), {**LIT, "num_heads": (0, 0, 4, 4), "window_sizes": (0, 0, 3, 1), "alpha": 0.5}),
+        ("vit_tiny_patch16_224", (64, 64), {"img_size": 64, "depth": 1, "num_classes": 3}),
+        (
+            "swin_tiny_patch4_window7_224",
+            (64, 64),
+            {"img_size": 64, "window_size": 3, "depths": (2, 2), "num_heads": (1, 2), "embed_dim": 8, "num_classes": 3},
+        ),
+    ],
+)
+def test_rows_of_all_tokens(name, size, kwargs):
+    model = create(name, **kwargs)
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
+    reader = AttentionReader(model, (3, *size))
+    found: dict[int, Tensor] = {}
+    output = reader.read(images, lambda number, p: found.update({number: reader.attentions[number].rows(p, 3)}))
+    with torch.no_grad():
+        torch.testing.assert_close(output, model(images), rtol=1e-4, atol=1e-4)
+    stages = {attention.stage: math.prod(attention.layout.grid) for attention in reader.attentions}
+    for queries in ([0] * len(stages), [count - 1 for count in stages.values()], None):
+        averages = AttentionAverages(model, (3, *size), queries)
+        averages.add(images)
+        assert list(found) == list(range(len(averages.maps)))
+        for number, average in enumerate(averages.maps):
+            rows, attention = found[number], reader.attentions[number]
+            shape = (math.prod(attention.layout.grid), math.prod(attention.layout.key_grid))
+            assert rows.shape == (3, attention.heads, *shape)
+            mean = rows[:, :, average.query].double().mean(0)
+            torch.testing.assert_close(mean, average.probabilities.flatten(1), rtol=1e-4, atol=1e-7)
+            if not any(attention.layout.prefixes) and attention.layout.windows is None:
+                torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), rtol=1e-4, atol=1e-4)
