@@ -38,6 +38,7 @@ class Panel(NamedTuple):
     unit: str
     columns: Mapping[str, str]  # of summary.csv, and their names
     help: str
+    from_zero: bool = False
 
 
 PANELS = (
@@ -66,21 +67,26 @@ PANELS = (
         "images/s",
         {"train_images_per_second": "training", "eval_images_per_second": "validation"},
         "Over all processes.",
+        from_zero=True,
     ),
     Panel(
         "Peak memory",
         "MiB",
         {"train_memory_mib": "peak memory"},
         "Of the first process since its start. On a GPU, of its tensors.",
+        from_zero=True,
     ),
     Panel(
         "How far token merging looks",
         "pixels",
         {f"eval_offset_px_{place}": f"merging {place}" for place in range(1, 7)},
         "Mean length of the learned offsets over some validation images. 0 is fixed 2 x 2 merging, as at the start.",
+        from_zero=True,
     ),
 )
-TIMES = Panel("Time per epoch", "s", {ALL_SECONDS: "all", "train_seconds_data": PHASES["train_seconds_data"]}, "")
+TIMES = Panel(
+    "Time per epoch", "s", {ALL_SECONDS: "all", "train_seconds_data": PHASES["train_seconds_data"]}, "", from_zero=True
+)
 ON_CPU = "Seconds of the first process. Checkpoints count as waiting."
 ON_GPU = (
     "Seconds of the GPU, between marks in its queue: idle time in a phase counts for that phase. Validation is by the "
@@ -192,7 +198,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         for column, name in panel.columns.items():
             title = panel.title if len(panel.columns) == 1 else f"{panel.title}: {name}"
             series = [Series(name, run.values(column)) for name, run in zip(labels(runs), runs, strict=True)]
-            panels.append(_panel(curves(title, panel.unit, series)))
+            panels.append(_panel(curves(title, panel.unit, series, panel.from_zero)))
     keys = legend(labels(runs))
     more = f" Line styles repeat after {STYLES} runs." if len(runs) > STYLES else ""
     found = results_table(runs)
@@ -240,7 +246,7 @@ def results(run: Run) -> dict[str, str]:
         found["peak memory MiB"] = number(max(memory.values()))
     seconds = run.values(ALL_SECONDS)
     if seconds:
-        found["time in epochs"] = _duration(sum(seconds.values()))
+        found["time of all epochs"] = _duration(sum(seconds.values()))
     return found
 
 
@@ -329,7 +335,7 @@ def _curves(run: Run) -> str:
     panels = []
     for panel in PANELS:
         series = [Series(name, values) for column, name in panel.columns.items() if (values := run.values(column))]
-        panels.append(_panel(curves(panel.title, panel.unit, series), panel.help))
+        panels.append(_panel(curves(panel.title, panel.unit, series, panel.from_zero), panel.help))
     series = [Series(name, values) for column, name in PHASES.items() if (values := run.values(column))]
     panels.append(_panel(stacked_bars("Where the time goes", "s", series), _time_help(run)))
     hint = '<p class="soft">One point per epoch. Rest the pointer on an epoch for its numbers.</p>'

@@ -26,13 +26,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def curves(title: str, unit: str, series: Sequence[Series]) -> str:
+def curves(title: str, unit: str, series: Sequence[Series], from_zero: bool = False) -> str:
     """Draw curves over epochs.
 
     Args:
         title: Name of what is shown.
         unit: Unit of the values, empty for none.
         series: Curves. What is not finite is a gap.
+        from_zero: Whether the axis of the values begins at 0.
 
     Returns:
         SVG with its legend, empty if there is nothing to draw.
@@ -42,7 +43,8 @@ def curves(title: str, unit: str, series: Sequence[Series]) -> str:
     if not points:
         return ""
     x, first, last = _epochs([epoch for epoch, _ in points])
-    y, axis = _value_axis(min(value for _, value in points), max(value for _, value in points))
+    low = min(value for _, value in points)
+    y, axis = _value_axis(min(low, 0.0) if from_zero else low, max(value for _, value in points))
     drawn = [axis, _epoch_axis(x, first, last)]
     for style, _, values in shown:
         for part in _connected(values):

@@ -1,7 +1,6 @@
 """How the runs of a study are trained: one process per run, several side by side, each continued where it ended."""
 
 import contextlib
-import csv
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from litvit.errors import InputError
 from litvit.processes import EXIT_DIVERGED, EXIT_INPUT_ERROR, EXIT_INTERRUPTED, LAUNCHER, STATUS_FILE, StopSignals
+from litvit.runs.summary import read_summary
 from litvit.studies.plan import Run, Study
 from litvit.training.config import Config
 
@@ -25,11 +25,10 @@ LINES = 20  # of the output of a run that failed
 def read_epochs(run: Run) -> list[dict[str, float]]:
     """Return the epochs that a run has trained, as its summary.csv has them; none for a run that has not begun."""
     try:
-        with open(run.summary, newline="") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return read_summary(run.summary)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {run.summary}: {error}") from error
 
 

@@ -244,7 +244,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     if path is None and model and (path := _recipe_of(model)):
         recipe = load_recipe(path, parser) | known  # for the published images, and not those of the weights
     parser.set_defaults(**recipe)
-    of_recipe = {action.dest: action.default for action in parser._actions}
+    of_recipe = {action.dest: action.default for action in reversed(parser._actions)}
     given = _given(parser, argv)
     if "epochs" in given and "cooldown_epochs" not in given:
         parser.set_defaults(cooldown_epochs=0)  # the recipe's comes after the recipe's own epochs
