@@ -21,6 +21,7 @@ from litvit.runs.summary import read_summary
 # The loader in C is ten times as fast, and a run reads its settings after every epoch.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MAX_STARTS = 20
+WRONG_CONTENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)  # of a file that was changed
 PHASES = {  # columns of summary.csv, the first at the bottom of a bar
     "train_seconds_data": "waiting for data",
     "train_seconds_forward": "forward",
@@ -129,7 +130,7 @@ class Run:
             yield
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        except (*WRONG_CONTENT, OSError, RecursionError, yaml.YAMLError) as error:
             self.notes.append(f"{name} cannot be read, and its part is left out ({one_line(error)}).")
 
 
@@ -184,7 +185,8 @@ def run_page(folder: Path) -> str:
     for name, render in sections:
         with run.part_of(name):
             parts.append(render(run))
-    model = f"{run.settings.get('model', 'unknown model')}, {_progress(run)}"
+    data = run.starts[0].get("data_dir") if run.starts else None
+    model = f"{run.settings.get('model', 'unknown model')}{f' on {data}' if data else ''}, {_progress(run)}"
     tiles = [f"<li><b>{_text(value)}</b> {_text(name)}</li>" for name, value in results(run).items()]
     head = f"<h1>{_text(run.name)}</h1><p>{_text(model)}</p>{_notes(run)}"
     tiles = f'<ul class="tiles">{"".join(tiles)}</ul>' if run.rows else "<p>No epoch is trained yet.</p>"
@@ -262,8 +264,9 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return the settings, versions and machines in which runs differ, as `results_table` does."""
     each = []
     for run in runs:
-        start = run.starts[-1] if run.starts else {}
-        about = {"recipe": Path(str(start["recipe"])).stem} if start.get("recipe") else {}
+        first, start = (run.starts[0], run.starts[-1]) if run.starts else ({}, {})
+        about = {"data": first["data_dir"]} if "data_dir" in first else {}
+        about |= {"recipe": Path(str(first["recipe"])).stem} if first.get("recipe") else {}
         about |= {f"{name} version": value for name, value in _mapping(start.get("versions")).items()}
         about |= {name: value for name, value in _mapping(start.get("hardware")).items() if name != "host"}
         commit = start.get("commit")

@@ -171,7 +171,7 @@ def _value_axis(low: float, high: float):
     """Return the function from a value to its place, and the axis."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value
         spread = abs(high) / 10 or 1.0
-        low, high = low - spread, high + spread
+        low, high = low - spread if low else 0.0, high + spread
     ticks = _steps(low, high, 4)
     bottom, top = ticks[0], ticks[-1]
 
@@ -189,7 +189,7 @@ def _value_axis(low: float, high: float):
 
 def _epoch_axis(x, first: int, last: int) -> str:
     every = max(1, math.ceil(_steps(0, last - first, 8)[1])) if last > first else 1
-    ticks = [epoch for epoch in range(first, last + 1) if epoch % every == 0] or [first]
+    ticks = list(range(-(-first // every) * every, last + 1, every)) or [first]
     texts = [f'<text class="middle" x="{x(epoch):.1f}" y="{HEIGHT - BOTTOM + 15}">{epoch}</text>' for epoch in ticks]
     middle = (LEFT + WIDTH - RIGHT) / 2
     return "".join(texts) + f'<text class="middle soft" x="{middle}" y="{HEIGHT - 2}">epoch</text>'

@@ -16,6 +16,7 @@ from litvit.training.predictions import Predicted, per_class
 SIDE = 160  # pixels of a picture
 LOSSLESS_SIDE = 64  # pixels up to which a picture is a PNG
 BATCH, MISTAKES, WORST = 32, 24, 20  # images of the batch, mistakes, classes of the table
+MIXED = 0.1  # share of a second class from which it is shown: less is smoothing
 MAX_IN_MATRIX, MAX_CLASSES = 100, 2000  # classes for a confusion matrix, and for a table
 
 
@@ -37,9 +38,9 @@ def describe_batch(
     if target.dim() == 1:
         labels = [[(number, 1.0)] for number in target.tolist()]
     else:
-        best = (target if target.dim() == 2 else target[:, 0]).float().topk(2)  # its smoothing is no second class
+        best = (target if target.dim() == 2 else target[:, 0]).float().topk(2)
         pairs = (list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        labels = [[pair for place, pair in enumerate(row) if place == 0 or pair[1] >= 0.05] for row in pairs]
+        labels = [[pair for place, pair in enumerate(row) if place == 0 or pair[1] >= MIXED] for row in pairs]
     names = readable_names(classes or ())
     return {
         "size": list(images.shape[2:]),

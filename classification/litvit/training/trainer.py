@@ -195,7 +195,9 @@ class Trainer:
             log_start(self)
             if primary:
                 start = {"step": self.progress.step, **describe_start(self.processes.device, self.processes.world_size)}
-                start |= {"recipe": self.config.run.config, "changed_settings": list(self.config.run.changed)}
+                changed = [name for name in self._settings() if name in self.config.run.changed]
+                start |= {"data_dir": self.config.data.data_dir, "recipe": self.config.run.config}
+                start["changed_settings"] = changed
                 self.folder.record_start(start)
             status = self._train()
         else:  # nothing is left to train, and nothing is written
@@ -410,17 +412,17 @@ class Trainer:
             raise
         metrics["seconds"] = metrics.pop("images") / metrics["images_per_second"]  # as many images in every epoch
         if self.processes.primary:
-            metrics |= self._offset_lengths(unwrap_model(model), some.images)
+            metrics |= self._offset_lengths(unwrap_model(model), some)
         return metrics, predictions.gather(self.processes)
 
-    def _offset_lengths(self, model: nn.Module, images: Tensor) -> dict[str, float]:
+    def _offset_lengths(self, model: nn.Module, some: SomeImages) -> dict[str, float]:
         """Return the mean length of the offsets of each merging module in pixels, nothing for a model without."""
         merges = any(isinstance(module, DeformableTokenMerging) for module in model.modules())
         if not merges or not hasattr(model, "forward_intermediates"):
             return {}
         try:
             with torch.inference_mode(), self.autocast():
-                lengths = mean_lengths(predict_offsets(model, images))
+                lengths = mean_lengths(predict_offsets(model, some.images))
         except Exception as error:  # of a model of the user's: a number of the log is no reason to end a run
             logger.warning("the offsets of token merging cannot be measured: %s", one_line(error))
             return {}
