@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--traceback", action="store_true", help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
     runs = [read_run(folder) for folder in args.runs]
+    twice = [folder for place, folder in enumerate(args.runs) if any(map(folder.samefile, args.runs[:place]))]
+    if twice:
+        raise InputError(f"{twice[0]} is named twice: name every run once")
     for run in runs:
         for note in run.notes:
             print(f"{run.path}: {note}", file=sys.stderr)

@@ -354,7 +354,7 @@ class RunFolder:
         self._lock: IO | None = None
         self._settings: dict[str, Any] = {}
         self.path = self._choose_path(model)
-        for name in (SETTINGS, STARTS, CHECKPOINT, PREVIOUS, DIVERGED, BEST_WEIGHTS, LOG, SUMMARY, PAGE):
+        for name in (SETTINGS, STARTS, CHECKPOINT, PREVIOUS, DIVERGED, BEST_WEIGHTS, LOG, SUMMARY):
             if (self.path / name).is_dir():
                 raise InputError(f"{self.path / name} is a folder, and the run writes a file there: move it away")
 

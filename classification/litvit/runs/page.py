@@ -458,7 +458,7 @@ def _settings(run: Run) -> str:
 
     shown = ""
     if own:
-        shown = f"<h3>Other than {_text(than)}</h3>{table(own)}"
+        shown = f"<h3>Different from {_text(than)}</h3>{table(own)}"
     elif isinstance(changed, list):
         shown = f"<h3>All as in {_text(than)}</h3>"
     return (

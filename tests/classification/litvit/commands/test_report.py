@@ -209,6 +209,8 @@ def test_wrong_input_is_one_line(copy, tmp_path):
     run = copy("run")
     with pytest.raises(InputError, match="none holds no run of litvit train"):
         report.main([str(run), str(tmp_path / "none")])
+    with pytest.raises(InputError, match=r"run/\.\./run is named twice"):
+        report.main([str(run), str(run / "../run")])
     with pytest.raises(InputError, match=r"--output .* is a folder: name a file"):
         report.main([str(run), "--output", str(tmp_path)])
     with pytest.raises(InputError, match="cannot write .*page.html: No such file"):

@@ -144,9 +144,7 @@ def test_a_description_with_wrong_types_is_one_line(tmp_path, suffix, name, valu
         read_description(path)
 
 
-@pytest.mark.parametrize(
-    "name", ["train.log", "summary.csv", "report.html", "last.pth", "model_best.safetensors", "settings.yaml"]
-)
+@pytest.mark.parametrize("name", ["train.log", "summary.csv", "last.pth", "model_best.safetensors", "settings.yaml"])
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match=f"{name} is a folder, and the run writes a file there"):

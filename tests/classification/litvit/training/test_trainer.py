@@ -557,6 +557,14 @@ def test_what_the_page_shows_never_stops_a_run(flags, tmp_path, monkeypatch, cap
     assert "Gradient norm" in (tmp_path / "run" / PAGE).read_text()
 
 
+def test_a_folder_in_the_place_of_the_page_is_left_alone(flags, tmp_path, capsys):
+    (tmp_path / "run" / PAGE / "mine").mkdir(parents=True)
+    assert run(*flags, "--epochs", 1) == 0
+    assert "cannot write logs: IsADirectoryError" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / PAGE).iterdir()] == ["mine"]
+    assert rows(tmp_path / "run")
+
+
 def rows(folder):
     return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
 
