@@ -57,7 +57,10 @@ def _read_cells(path: Path) -> list[dict[str, str]]:
     """Return the rows as text, their epochs counted from 1. Those of older runs began with 0."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file, restkey="") if any(row.values())]
+            reader = csv.DictReader(file, restkey="")
+            rows = [row for row in reader if any(row.values())]
+        if "epoch" not in (reader.fieldnames or ["epoch"]):
+            raise ValueError("no column of epochs")
         for row in rows:
             if row.pop("", None) is not None:
                 raise ValueError("a row has more cells than the header")

@@ -21,7 +21,7 @@ def test_a_run_of_an_older_version_is_continued_with_more_columns(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["epoch,loss\nfirst,2\n", "epoch,loss\n1,2,3\n", "a,b\n1,2\n", "epoch,loss\ninf,2\n", "epoch,loss\n1,x\n"],
+    ["epoch,loss\nfirst,2\n", "epoch,loss\n1,2,3\n", "a,b\n1,2\n", "text", "epoch,loss\ninf,2\n", "epoch,loss\n1,x\n"],
 )
 def test_something_else_is_kept_under_another_name(tmp_path, content):
     file = tmp_path / "summary.csv"
