@@ -88,10 +88,10 @@ PANELS = (
 TIMES = Panel(
     "Time per epoch", "s", {ALL_SECONDS: "all", "train_seconds_data": PHASES["train_seconds_data"]}, "", from_zero=True
 )
-ON_CPU = "Seconds of the first process. Checkpoints count as waiting."
+ON_CPU = "Seconds of the first process, named from the top of a bar. Checkpoints count as waiting."
 ON_GPU = (
-    "Seconds of the GPU, between marks in its queue: idle time in a phase counts for that phase. Validation is by the "
-    "clock of the process. Checkpoints count as waiting."
+    "Seconds of the first GPU, named from the top of a bar, between marks in its queue: idle time in a phase counts "
+    "for that phase. Validation is by the clock of the process. Checkpoints count as waiting."
 )
 
 
