@@ -256,6 +256,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     model_name(settings.model)
     if settings.fit_to_data and settings.resume in (None, "auto"):
         settings = _fit(parser, argv, settings, recipe | given)
-    settings.changed = [name for name, value in of_recipe.items() if getattr(settings, name, value) != value]
+    changed = (name for name, value in of_recipe.items() if getattr(settings, name, value) != value)
+    settings.changed = sorted(set(changed) - set(ONLY_ON_THE_COMMAND_LINE))
     settings.model_kwargs = dict(settings.model_kwargs)
     return Config.from_flat(vars(settings))
