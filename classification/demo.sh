@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demos, end to end, on real digits: a trained model and its top-1. `make demo` and `make demo-lvt` call it.
-#   demo.sh        a LIT and its offset plots
+#   demo.sh        a LIT, its offset plots, and a page to explore it with
 #   demo.sh lvt    an LVT, with token labels that the LIT of the first demo gives
 set -euo pipefail
 
@@ -32,6 +32,8 @@ else
     train_and_validate demo
     "$python" visualize_offset.py --resume "$run/model_best.safetensors" --vis_image "$image" --output "$run/offsets"
     echo "offsets:  $run/offsets/00000/overview.png"
+    "$python" explore.py "$data"/val/{2,3,7,8}/00000.png --checkpoint "$run" --output "$run/explorer.html"
 fi
 echo "data:     $data"
+[[ ${1:-} == lvt ]] || echo "explorer: $run/explorer.html (open it in a browser)"
 "$python" -c 'import json, sys; print("demo: top1 %.1f" % json.load(open(sys.argv[1]))["top1"])' "$run/validation.json"

@@ -106,6 +106,9 @@ def test_the_wheel_trains_with_the_recipes(wheel, tmp_path):
     assert "2 of 2 epochs" in (tmp_path / "output/demo/report.html").read_text()
     done = run("litvit", "validate", "digits", "--checkpoint", "output/demo/model_best.safetensors")
     assert json.loads(done.stdout)["top1"] > 15, done.stderr
+    done = run("litvit", "explore", "digits/val/3/00000.png", "--checkpoint", "output/demo")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "explorer.html").read_text().startswith("<!doctype html>")
 
     (recipe,) = tmp_path.glob("env/lib/*/site-packages/litvit/recipes/lit_s.yaml")
     recipe.unlink()

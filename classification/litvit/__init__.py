@@ -1,4 +1,4 @@
-"""LIT and LVT: vision transformers that pay less attention. Importing this package registers its models with timm."""
+"""LIT, LITv2 and LVT: vision transformers with less attention. Importing this package registers them with timm."""
 
 import os
 import sys

@@ -15,6 +15,7 @@ COMMANDS = {
     "report": ("litvit.commands.report", "make the page of a training run again, or compare runs in one page"),
     "export": ("litvit.commands.export", "write a model for ONNX, OpenVINO and others, and compare it"),
     "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
+    "explore": ("litvit.commands.explore", "write a page to explore what a model sees in pictures"),
     "visualize-offset": ("litvit.commands.visualize_offset", "plot where deformable token merging reads"),
     "visualize-attention": ("litvit.commands.visualize_attention", "draw and measure where attention looks"),
     "hub-folder": ("litvit.commands.hub_folder", "make a folder of a run's best weights for the Hugging Face Hub"),

@@ -21,8 +21,8 @@ TRACEBACK = "LIT_TRACEBACK"
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one line: the wrong input, and how to list the flags.
 
-    A flag that takes several numbers, or several of a few words, ends where they end: `--img-size 224 DATA_DIR` is one
-    number and a folder.
+    A flag that takes several numbers, one or none, or several of a few words, ends where they end: `--img-size 224
+    DATA_DIR` is one number and a folder, `--dry-run DATA_DIR` no number and a folder.
     The program's name is "train.py" of a script, "litvit train" of a command.
     """
 
@@ -35,7 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         left = list(sys.argv[1:] if args is None else args)
         numbers, words = {}, {}
         for action in self._actions:
-            if action.nargs in ("+", "*") and action.type in (int, float):
+            if action.nargs in ("+", "*", "?") and action.type in (int, float):
                 numbers |= dict.fromkeys(action.option_strings, _is_number)
             elif action.nargs in ("+", "*") and action.choices:
                 words |= dict.fromkeys(action.option_strings, action.choices.__contains__)
@@ -160,5 +160,6 @@ def model_name(name: str) -> str:
             "https://huggingface.co/OWNER/NAME/resolve/main/model.safetensors"
         )
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"LIT's models: {', '.join(list_models('lit_*'))}"
+    ours = ", ".join(list_models(["lit_*", "litv2_?"]))
+    hint = f"did you mean {', '.join(near)}?" if near else f"LIT's models: {ours}"
     raise InputError(f"unknown model '{name}'; {hint} (a model of your own: --import the module that registers it)")

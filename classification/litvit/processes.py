@@ -156,6 +156,11 @@ def start_processes(device_name: str | None, dry_run: int | None = None) -> Proc
     return Processes(torch.device(info["device"]), info["global_rank"], world_size, info["distributed"])
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def choose_device(name: str | None) -> torch.device:
     """Return the device that `--device` names, by default CUDA where it is available, else the CPU.
 

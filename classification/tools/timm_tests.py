@@ -24,8 +24,8 @@ import litvit  # noqa: F401 (registers the models)
 from litvit.cli import ArgumentParser, run
 from litvit.errors import InputError
 
-MODELS = timm.list_models(module=["lit", "lvt"])
-WITHOUT_CLASS_TOKEN = ("lit_s", "lit_m", "lit_b", "lit_s_plain", "pvt_small_msa_no1234")
+MODELS = timm.list_models(module=["lit", "litv2", "lvt"])
+WITHOUT_CLASS_TOKEN = {"lit_s", "lit_m", "lit_b", "lit_s_plain", "pvt_small_msa_no1234", *timm.list_models("litv2_*")}
 WITH_CLASS_TOKEN = [name for name in MODELS if name not in WITHOUT_CLASS_TOKEN]  # as timm lists ViTs apart
 MARKERS = ("base", "forward", "backward", "cfg", "cfg_nonstd", "torchscript", "features", "fxforward", "fxbackward")
 

@@ -77,6 +77,7 @@ def write_result(report_of_validate, tmp_path):
 
     def write(name, **changes):
         result = json.loads((report_of_validate / "result.json").read_text())
+        assert result.pop("parameters") < 1e6  # of the small LIT
         result |= {"data": "/imagenet", "images": 50_000, "num_classes": 1000, "img_size": 224, **changes}
         file = tmp_path / name
         file.write_text(json.dumps(result))
@@ -108,14 +109,15 @@ def test_paper_times_a_model_beside_its_counterpart(measure):
 def test_paper_shows_what_validate_has_found(measure, write_result, tmp_path):
     report = tmp_path / "report"
     report.mkdir()
-    write_result("report/result.json", model="lit_ti.in1k", top1=81.084, real_top1=86.62)
-    other = write_result("v|2.json", model="lit_ti", top1=70.4, images=10_000, data="/v2")
+    write_result("report/result.json", model="lit_ti.in1k", checkpoint="pretrained", top1=81.084, real_top1=86.62)
+    other = write_result("v|2.json", model="lit_ti", checkpoint="tiny.pth", top1=70.4, images=10_000, data="/v2")
     elsewhere = write_result("resnet.json", model="resnet18")  # in Table 1 alone
     out, rows = measure("paper", "--tables", 2, *SIZES, "--results", report, other, elsewhere)
     assert "| lit_ti | 19.89 (19) | 3.61 (3.6) | 81.08 (81.1) | 86.62 (86.6) | 70.40 (70.4) |" in out
     assert "| lit_s | 27.97 (27) | 4.08 (4.1) | - (81.5) | - (86.4) | - (70.4) |" in out
-    assert f"| lit_ti | ImageNet-V2 | {tmp_path}/v\\|2.json | /v2 |" in out
-    assert rows[1]["accuracies"]["top1"] == {"percent": 81.084, "file": f"{report}/result.json", "data": "/imagenet"}
+    assert f"| lit_ti | ImageNet-V2 | tiny.pth | {tmp_path}/v\\|2.json | /v2 |" in out
+    origin = {"weights": "lit_ti.in1k", "file": f"{report}/result.json", "data": "/imagenet"}
+    assert rows[1]["accuracies"]["top1"] == {"percent": 81.084, **origin}
     assert rows[3]["accuracies"] == {}
 
 
@@ -124,6 +126,7 @@ def test_paper_shows_what_validate_has_found(measure, write_result, tmp_path):
     [
         ({"model": "resnet34"}, "is a result of resnet34, which is in none of LIT's tables"),
         ({"num_classes": 10}, "is a result for 10 classes, not 1000"),
+        ({"parameters": 5}, "is a result of another lit_ti, with other --model-kwargs"),
         ({"img_size": [224, 384]}, "is a result at [224, 384] pixels, not 224"),
         ({"flip": True}, "is a result with mirror images (--flip)"),
         ({"images": 40}, "is a result on 40 images, not on ImageNet's 50000 or ImageNet-V2's 10000"),

@@ -137,6 +137,21 @@ def test_two_passes_have_folders_of_their_own(folder, tmp_path):
     assert names == {"block0", "block0-pass2"}
 
 
+def test_hilo_has_a_folder_for_each_kind_of_heads_and_a_row_of_the_sheet_per_block(folder, tmp_path):
+    small = {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "num_heads": (0, 0, 4, 2)}
+    description = {"model": "litv2_s", "img_size": 64, "model_kwargs": small, "num_classes": 3}
+    model = create_model("litv2_s", num_classes=3, **small)
+    save_weights(tmp_path / "weights.safetensors", model.state_dict(), description)
+    argv = ["--data", str(folder / "data"), "--resume", str(tmp_path / "weights.safetensors"), "--device", "cpu"]
+    visualize_attention.main([*argv, "-n", "1", "--output", str(tmp_path)])
+    maps = tmp_path / "attention_map"
+    shapes = {path.parent.name: np.load(path).shape for path in (maps / "stage-3").rglob("pixel-*.npy")}
+    high, low = (1, 4, 4), (3, 2, 2)
+    assert shapes == {"block0": high, "block0-pass2": low, "block1": high, "block1-pass2": low}
+    (wide, _), (narrow, _) = (Image.open(maps / f"stage-{stage}.png").size for stage in (3, 4))
+    assert wide == pytest.approx(2 * narrow, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -8,7 +8,9 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
+from mmengine.structures import PixelData
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from PIL import Image
 
 import litvit.openmmlab  # noqa: F401 (mmseg:: in configs)
@@ -16,6 +18,7 @@ from litvit.demo_data import PALETTE, SEGMENTATION_CLASSES
 
 CONFIGS = Path(__file__).parents[2] / "segmentation" / "configs"
 LIT = "lit/lit_{}_fpn_r50_512x512_80k_ade20k.py"
+LITV2 = "litv2/litv2_{}_fpn_r50_512x512_80k_ade20k.py"
 LVT = "lvt/segformer.lvt.512x512.ade.160k.py"
 
 
@@ -31,6 +34,9 @@ def build(config):
         (LIT.format("s"), 31.85),
         (LIT.format("m"), 53.72),
         (LIT.format("b"), 91.75),
+        (LITV2.format("s"), 31.45),
+        (LITV2.format("m"), 52.44),
+        (LITV2.format("b"), 89.99),
         (LVT, 3.87),
     ],
 )
@@ -59,8 +65,34 @@ def test_parameters_and_published_settings(file, millions):
     assert config.model.test_cfg.mode == "whole"
     head = config.model.decode_head
     assert (head.channels, head.dropout_ratio, head.num_classes) == (128 if lit else 256, 0.1, 150)
-    if lit and "_ti_" not in file:
-        assert (config.model.backbone.img_size, config.model.backbone.out_norms) == (512, (0, 1, 2, 3))
+    backbone = config.model.backbone
+    if "litv2" in file:
+        assert backbone.arch in file
+        assert backbone.init_cfg.checkpoint == f"pretrained/{backbone.arch}.pth"
+        assert backbone.drop_path_rate == (0.3 if "litv2_b" in file else 0.2)
+        assert (backbone.window_sizes, backbone.out_norms) == ((0, 0, 2, 1), (1, 2, 3))
+    elif lit and "_ti_" not in file:
+        assert (backbone.img_size, backbone.out_norms) == (512, (0, 1, 2, 3))
+
+
+def test_a_small_litv2_takes_a_step():
+    """On crops whose maps windows do not divide."""
+    config = Config.fromfile(CONFIGS / LITV2.format("s"))
+    config.model.data_preprocessor.size = (77, 101)
+    config.model.backbone |= {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 2)}
+    config.model.backbone.init_cfg = None
+    config.model.neck.in_channels = [16, 16, 32, 32]
+    config.model.decode_head.norm_cfg.type = "BN"  # as the command lines do on a CPU
+    segmentor = build(config).train()
+    wrapper = build_optim_wrapper(segmentor, config.optim_wrapper)
+    before = {name: parameter.detach().clone() for name, parameter in segmentor.named_parameters()}
+    labels = [PixelData(data=torch.randint(150, (1, 77, 101))) for _ in range(2)]
+    samples = [SegDataSample(gt_sem_seg=label, metainfo={"img_shape": (77, 101)}) for label in labels]
+    images = list(torch.randint(256, (2, 3, 77, 101), dtype=torch.uint8))
+    losses = segmentor.train_step({"inputs": images, "data_samples": samples}, wrapper)
+    assert all(torch.isfinite(loss).all() for loss in losses.values())
+    still = [name for name, parameter in segmentor.named_parameters() if torch.equal(parameter, before[name])]
+    assert not [name for name in still if name.startswith("backbone.")]
 
 
 @pytest.mark.parametrize("file", [LIT.format("ti"), LIT.format("b"), LVT])

@@ -1,4 +1,4 @@
-"""Where the attention of a model looks: averages of its probabilities, its mean distance and its entropy.
+"""Where the attention of a model looks: its probabilities, their averages, their mean distance and their entropy.
 
 Shape letters: B images, G groups of tokens that attend to each other (windows; 1 without), n queries and m keys per
 group, (h, w) map of tokens, (y, x) a position.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from litvit.attention.hilo import HiLo
 from litvit.errors import InputError
 
 # Queries of the published maps of PVT (LIT, figure 3), near the centre of the maps of an image of 224 x 224 pixels.
@@ -54,24 +55,58 @@ class Layout:
 
 
 @dataclass
-class AttentionMap:
-    """Averages over images of the attention of one block, or of one pass of a block that applies it several times.
+class Attention:
+    """The attention of one block, or of one pass of a block that applies it several times.
+
+    The passes of HiLo are Hi-Fi and Lo-Fi.
 
     Attributes:
         stage: Number of the stage, from 1.
         block: Number of the block in its stage, from 0.
         pass_number: Number of the pass, from 1.
+        heads: Number of heads.
         layout: Places of the queries and keys.
+    """
+
+    stage: int
+    block: int
+    pass_number: int
+    heads: int
+    layout: Layout
+
+    def rows(self, probabilities: Tensor, images: int) -> Tensor:
+        """Return the probabilities of every token of the map of queries for that of keys.
+
+        Args:
+            probabilities: Probabilities of a batch, (B * G, heads, n, m).
+            images: Number of images, B.
+
+        Returns:
+            Probabilities, (B, heads, queries, keys), row by row. Class tokens are left out, so a sum may be less than
+            1. Outside of a window they are 0.
+        """
+        queries, keys = self.layout.prefixes
+        p = probabilities.detach().unflatten(0, (images, -1))[..., queries:, keys:]
+        if self.layout.windows is None:
+            return p[:, 0]
+        tokens = self.layout.windows.to(p.device)
+        count = math.prod(self.layout.grid)
+        rows = p.new_zeros(images, self.heads, count + 1, count + 1)  # the last ones are the padding's, -1
+        rows[:, :, tokens[:, :, None], tokens[:, None, :]] = p.transpose(1, 2)
+        return rows[..., :count, :count]
+
+
+@dataclass
+class AttentionMap(Attention):
+    """Averages over images of one attention.
+
+    Attributes:
         query: Index of the query token in its map, row by row.
         images: Number of images.
         uniform_distance: Distance of attention that is the same for all keys, in pixels. None for windows.
         uniform_entropy: Entropy of it. None for windows.
     """
 
-    stage: int
-    block: int
-    pass_number: int
-    layout: Layout
     query: int
     images: int = 0
     uniform_distance: float | None = None
@@ -141,8 +176,8 @@ def measure(probabilities: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return distance / is_query.sum(), entropy / is_query.sum()
 
 
-class AttentionAverages:
-    """Averages of a model's attention over images, of which none is kept.
+class AttentionReader:
+    """Reads the attention of a model for images.
 
     Attention is read where modules give its probabilities, (B, heads, queries, keys), to their `attn_drop`, as the
     models of this package and of timm do. Attention of a class token alone, and attention that is not between the
@@ -150,6 +185,90 @@ class AttentionAverages:
 
     Args:
         model: Model in eval mode.
+        input_size: Channels, height and width of the images.
+
+    Attributes:
+        attentions: What is read, in the order in which the model computes it.
+        left_out: Names of the modules whose attention is left out.
+
+    Raises:
+        InputError: The model has no such attention.
+    """
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int, int]):
+        self.model = model
+        device = next(model.parameters()).device
+        self._calls: list[Attention | None] = []
+        passes: dict[tuple[int, int], int] = {}
+        left_out: list[str] = []
+
+        def look(name: str, p: Tensor) -> None:
+            # Heads that are mixed after the softmax, as in CaiT, give numbers that are no probabilities.
+            mixed = p.min() < 0 or (p.sum(-1) - 1).abs().max() > 1e-2
+            layout = None if mixed else _find_layout(name, p.shape, model, input_size[1:])
+            if layout is None:
+                left_out.append(name)
+                self._calls.append(None)
+                return
+            stage, block = _place(name)
+            passes[stage, block] = passes.get((stage, block), 0) + 1
+            self._calls.append(Attention(stage, block, passes[stage, block], p.shape[1], layout))
+
+        self._run(torch.zeros(1, *input_size, device=device), look)
+        self.attentions = [found for found in self._calls if found is not None]
+        self.left_out = list(dict.fromkeys(left_out))
+        if not self.attentions:
+            raise InputError(
+                f"{type(model).__name__} has no attention between tokens of a map that could be read: no module gives "
+                "its probabilities to an attn_drop"
+            )
+
+    def read(self, images: Tensor, see: Callable[[int, Tensor], None]) -> Tensor:
+        """Run the model on images.
+
+        Args:
+            images: Images, (B, C, H, W), normalised as in training.
+            see: Function of an index into `attentions` and its probabilities, (B * G, heads, n, m), called for each of
+                them in turn. None of them is kept.
+
+        Returns:
+            Output of the model.
+
+        Raises:
+            InputError: Probabilities are infinite or NaN.
+        """
+        calls = iter(self._calls)
+        numbers = iter(range(len(self.attentions)))
+
+        def look(name: str, p: Tensor) -> None:
+            if next(calls) is None:
+                return
+            if not p.sum().isfinite():
+                raise InputError(f"the attention of {name} is not finite: the weights are broken, load others")
+            see(next(numbers), p)
+
+        return self._run(images, look)
+
+    @torch.no_grad()
+    def _run(self, images: Tensor, see: Callable[[str, Tensor], None]) -> Tensor:
+        hooks = [
+            module.attn_drop.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+            for name, module in self.model.named_modules()
+            if isinstance(getattr(module, "attn_drop", None), nn.Module)
+        ]
+        try:
+            with _written_out(self.model):
+                return self.model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class AttentionAverages:
+    """Averages of a model's attention over images, of which none is kept.
+
+    Args:
+        model: Model in eval mode, whose attention `AttentionReader` can read.
         input_size: Channels, height and width of the images.
         queries: Index of the query token of each stage that has attention, row by row; class tokens do not count. None
             for tokens near the centre, the published ones where maps are as large as PVT's.
@@ -163,40 +282,17 @@ class AttentionAverages:
     """
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int], queries: Sequence[int] | None = None):
-        self.model = model
-        device = next(model.parameters()).device
-        calls: list[tuple[str, Layout | None]] = []
-
-        def look(name: str, p: Tensor) -> None:
-            # Heads that are mixed after the softmax, as in CaiT, give numbers that are no probabilities.
-            mixed = p.min() < 0 or (p.sum(-1) - 1).abs().max() > 1e-2
-            calls.append((name, None if mixed else _find_layout(name, p.shape, model, input_size[1:])))
-
-        self._run(torch.zeros(1, *input_size, device=device), look)
-        self.left_out = list(dict.fromkeys(name for name, layout in calls if layout is None))
-        if not any(layout for _, layout in calls):
-            raise InputError(
-                f"{type(model).__name__} has no attention between tokens of a map that could be read: no module gives "
-                "its probabilities to an attn_drop"
-            )
-        grids = {_place(name)[0]: layout.grid for name, layout in calls if layout}
-        chosen = _choose_queries(grids, queries)
+        self._reader = AttentionReader(model, input_size)
+        self.left_out = self._reader.left_out
+        chosen = _choose_queries({found.stage: found.layout.grid for found in self._reader.attentions}, queries)
         self.maps: list[AttentionMap] = []
-        self._calls: list[AttentionMap | None] = []
-        passes: dict[tuple[int, int], int] = {}
-        for name, layout in calls:
-            if layout is None:
-                self._calls.append(None)
-                continue
-            stage, block = _place(name)
-            passes[stage, block] = passes.get((stage, block), 0) + 1
-            found = AttentionMap(stage, block, passes[stage, block], layout, chosen[stage])
-            if layout.windows is None:
-                shape = (1, 1, 1, math.prod(layout.grid), math.prod(layout.key_grid))
-                uniform = measure(torch.ones(1, 1, 1, 1, 1).expand(shape), layout)
-                found.uniform_distance, found.uniform_entropy = (value.item() for value in uniform)
-            self.maps.append(found)
-            self._calls.append(found)
+        for found in self._reader.attentions:
+            averages = AttentionMap(**vars(found), query=chosen[found.stage])
+            if found.layout.windows is None:
+                shape = (1, 1, 1, math.prod(found.layout.grid), math.prod(found.layout.key_grid))
+                uniform = measure(torch.ones(1, 1, 1, 1, 1).expand(shape), found.layout)
+                averages.uniform_distance, averages.uniform_entropy = (value.item() for value in uniform)
+            self.maps.append(averages)
 
     def add(self, images: Tensor) -> None:
         """Add images, (B, C, H, W), normalised as in training.
@@ -204,30 +300,7 @@ class AttentionAverages:
         Raises:
             InputError: Probabilities are infinite or NaN.
         """
-        calls = iter(self._calls)
-
-        def add(name: str, p: Tensor) -> None:
-            found = next(calls)
-            if found is not None:
-                found.add(p, len(images))
-                if not found.distance.isfinite().all():
-                    raise InputError(f"the attention of {name} is not finite: the weights are broken, load others")
-
-        self._run(images, add)
-
-    @torch.no_grad()
-    def _run(self, images: Tensor, see: Callable[[str, Tensor], None]) -> None:
-        hooks = [
-            module.attn_drop.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
-            for name, module in self.model.named_modules()
-            if isinstance(getattr(module, "attn_drop", None), nn.Module)
-        ]
-        try:
-            with _written_out(self.model):
-                self.model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self._reader.read(images, lambda number, p: self.maps[number].add(p, len(images)))
 
 
 @contextmanager
@@ -257,7 +330,12 @@ def _find_layout(name: str, shape: torch.Size, model: nn.Module, size: tuple[int
     # Strides that the model names, else all that an image may have.
     strides = [info["reduction"] for info in getattr(model, "feature_info", ()) if isinstance(info, dict)]
     grids = {_divide(size, stride): stride for stride in reversed(sorted(strides) or range(1, min(size) + 1))}
-    block = model.get_submodule(name.rpartition(".")[0])
+    attention, block = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if isinstance(attention, HiLo) and n == m == (s := attention.window_size) ** 2 > 1:  # Hi-Fi
+        for grid, stride in reversed(grids.items()):
+            windows = _window_tokens(grid, (s, s), (0, 0))
+            if len(windows) == groups:
+                return Layout(grid, grid, stride, windows=windows)
     window, shift, grid = (getattr(block, part, None) for part in ("window_size", "shift_size", "input_resolution"))
     if window and shift and grid:  # a block of timm's Swins
         windows = _window_tokens(grid, window, shift)

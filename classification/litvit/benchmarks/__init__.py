@@ -2,4 +2,4 @@
 
 from litvit.errors import require
 
-require("demo", "sklearn", "tqdm")
+require("train", "tqdm", "matplotlib", "torchmetrics")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from litvit import cli
 from litvit.attention import PATHS, choose_path, relative_attention
-from litvit.benchmarks.macs import count_macs
+from litvit.benchmarks.macs import count_macs, count_parameters
 from litvit.benchmarks.measuring import interleaved_medians, peak_memory
 from litvit.benchmarks.published import COUNTERPARTS, PUBLISHED
 from litvit.dtm import deform_conv_tokens
@@ -31,6 +31,7 @@ from litvit.models.lit import Attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+PUBLISHED_ARITHMETIC = {"published_lvt", "published_litv2"}  # models and their modules
 CLASSES = 1000
 MEASURED = ("inference_images_per_second", "training_memory", "test_memory")  # what is published too
 
@@ -268,11 +269,6 @@ def is_convolutional(model: nn.Module) -> bool:
     return 2 * weights > count_parameters(model)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Count a model's parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def compiled(model: nn.Module, how: str | None) -> nn.Module:
     """Compile a model.
 
@@ -308,8 +304,8 @@ def benchmark_models(args: argparse.Namespace) -> list[dict]:
     Returns:
         One row per model: parameters, multiply-adds, images/s, and bytes including weights, gradients and optimizer.
     """
-    if "published_lvt" in args.models:
-        importlib.import_module("litvit.benchmarks.published_lvt")  # registers it
+    for name in PUBLISHED_ARITHMETIC.intersection(args.models):
+        importlib.import_module(f"litvit.benchmarks.{name}")  # registers it
     return list(measure(args.models, args).values())
 
 
@@ -346,7 +342,7 @@ def measure(names: Iterable[str], args: argparse.Namespace) -> dict[str, dict]:
 
 
 def benchmark_table1(args: argparse.Namespace) -> list[dict]:
-    """Measure the models of LIT's Table 1, and LVT, with their measured and published ratios.
+    """Measure the models of LIT's Table 1, LITv2 and LVT, with their measured and published ratios.
 
     Returns:
         Rows of `benchmark_models`, with what `compare` says of the counterpart where that is measured too.

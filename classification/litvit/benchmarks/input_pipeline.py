@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
@@ -22,7 +21,7 @@ from litvit.data.loader import eval_loader, train_loader
 from litvit.data.random_streams import Stream, random_stream
 from litvit.data.readers import open_train_and_val
 from litvit.data.sampler import SampleKey
-from litvit.errors import InputError
+from litvit.errors import InputError, require
 from litvit.processes import Processes
 from litvit.training.model import build_model, data_settings
 from litvit.training.recipe import parse_config
@@ -39,6 +38,9 @@ def write_photos(folder: Path, number: int, size: tuple[int, int], seed: int = 0
         size: Width and height in pixels.
         seed: Seed that chooses the parts.
     """
+    require("demo", "sklearn")
+    from sklearn.datasets import load_sample_images
+
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     rng = np.random.default_rng(seed)
     for i in range(number):

@@ -1,4 +1,4 @@
-"""Number of multiply-adds of a model."""
+"""Number of parameters and of multiply-adds of a model."""
 
 import copy
 import math
@@ -9,6 +9,11 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count a model's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224) -> int:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import timm
 import torch
 
-from litvit.benchmarks.cases import CLASSES, compare, count_parameters, measure
-from litvit.benchmarks.macs import count_macs
+from litvit.benchmarks.cases import CLASSES, compare, measure
+from litvit.benchmarks.macs import count_macs, count_parameters
 from litvit.benchmarks.published import PUBLISHED, TABLES
 from litvit.errors import InputError, one_line
 from litvit.training.report import RESULT
@@ -20,6 +20,7 @@ from litvit.training.report import RESULT
 SIZE = 224  # pixels per side
 IMAGENET, IMAGENET_V2 = 50_000, 10_000  # validation images
 ENTRIES = ("model", "data", "images", "num_classes", "img_size", "top1")  # of a result
+IN_TABLES = {name for table in TABLES.values() for name in table.counterparts}
 ACCURACIES = {"top1": "ImageNet", "real_top1": "ImageNet-Real", "v2_top1": "ImageNet-V2"}
 
 
@@ -27,6 +28,7 @@ class Accuracy(NamedTuple):
     """A top-1 accuracy in percent, and where it is from."""
 
     percent: float
+    weights: str
     file: str
     data: str
 
@@ -34,7 +36,8 @@ class Accuracy(NamedTuple):
 def read_results(paths: Iterable[Path]) -> dict[str, dict[str, Accuracy]]:
     """Read what litvit validate has written.
 
-    The number of images says whether a result is of ImageNet (50,000) or of ImageNet-V2 (10,000).
+    The number of images says whether a result is of ImageNet's validation set (50,000) or of ImageNet-V2 (10,000).
+    Which of V2's sets it is, it does not say: the paper's is matched-frequency.
 
     Args:
         paths: Files of --results-file, or folders of --report.
@@ -48,19 +51,19 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict[str, Accuracy]]:
     results: dict[str, dict[str, Accuracy]] = {}
     for path in paths:
         file = path / RESULT if os.path.isdir(path) else path
-        name, percents, data = _read_result(file)
+        name, percents, weights, data = _read_result(file)
         found = results.setdefault(name, {})
         for key, percent in percents.items():
             if key in found:
                 raise InputError(
                     f"{found[key].file} and {file} are both {ACCURACIES[key]} results of {name}: leave one of them out"
                 )
-            found[key] = Accuracy(percent, str(file), data)
+            found[key] = Accuracy(percent, weights, str(file), data)
     return results
 
 
-def _read_result(file: Path) -> tuple[str, dict[str, float], str]:
-    """Return the model of a result, its accuracies by key, and its data."""
+def _read_result(file: Path) -> tuple[str, dict[str, float], str, str]:
+    """Return the model of a result, its accuracies by key, its weights, and its data."""
     try:
         result = json.loads(file.read_text())
     except OSError as error:
@@ -80,9 +83,10 @@ def _read_result(file: Path) -> tuple[str, dict[str, float], str]:
     name = model.partition(".")[0]  # without the tag of its weights
     images, of_imagenet = result["images"], result["images"] == IMAGENET
     wrong = {
-        f"of {model}, which is in none of LIT's tables": name not in PUBLISHED,
+        f"of {model}, which is in none of LIT's tables": name not in IN_TABLES,
         f"for {result['num_classes']} classes, not {CLASSES}": result["num_classes"] != CLASSES,
         f"at {result['img_size']} pixels, not {SIZE}": result["img_size"] != SIZE,
+        f"of another {name}, with other --model-kwargs": name in IN_TABLES and _is_altered(name, result),
         "with mirror images (--flip), which the paper has not": bool(result.get("flip")),
         f"on {images!r} images, not on ImageNet's {IMAGENET} or ImageNet-V2's {IMAGENET_V2}": (
             not of_imagenet and images != IMAGENET_V2
@@ -92,7 +96,15 @@ def _read_result(file: Path) -> tuple[str, dict[str, float], str]:
     for reason, applies in wrong.items():
         if applies:
             raise InputError(f"{file} is a result {reason}: leave it out")
-    return name, percents if of_imagenet else {"v2_top1": percents["top1"]}, str(result["data"])
+    weights = str(result.get("checkpoint", "?"))
+    weights = model if weights == "pretrained" else weights
+    return name, percents if of_imagenet else {"v2_top1": percents["top1"]}, weights, str(result["data"])
+
+
+def _is_altered(name: str, result: dict) -> bool:
+    """Return whether a result is of a model of another size. Results of older versions do not tell."""
+    own = result["num_classes"] == CLASSES and "parameters" in result
+    return own and result["parameters"] != _sizes(name)["parameters"]
 
 
 def benchmark_paper(args: argparse.Namespace) -> list[dict]:

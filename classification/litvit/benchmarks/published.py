@@ -1,4 +1,4 @@
-"""Published figures of the models in LIT's Tables 1 to 4, and which models each table compares."""
+"""Published figures of LITv2 and of the models in LIT's Tables 1 to 4, and which models each table compares."""
 
 from typing import NamedTuple
 
@@ -53,6 +53,9 @@ PUBLISHED = {
     "lit_s": Published("LIT-S", 27, 4.1, 1298, 5973, 1264, 81.5, 86.4, 70.4),
     "lit_m": Published("LIT-M", 48, 8.6, 638, 12248, 1473, 83.0, 87.3, 72.0),
     "lit_b": Published("LIT-B", 86, 15.0, 444, 16766, 2150, 83.4, 87.6, 72.8),
+    "litv2_s": Published("LITv2-S", 28, 3.7, 1471, 5100, 1200, 82.0),
+    "litv2_m": Published("LITv2-M", 49, 7.5, 812, 8800, 1400, 83.3),
+    "litv2_b": Published("LITv2-B", 87, 13.2, 602, 12200, 2100, 83.6),
     "lit_ti_plain": Published("LIT-Ti, plain merging", 19, 3.6, top1=80.4),
     "lit_s_plain": Published("LIT-S, plain merging", 27, 4.1, top1=81.3),
     "pvt_small_dtm": Published("PVT-S with DTM", 25, 3.8, top1=80.5),
@@ -68,6 +71,9 @@ COUNTERPARTS = {
     "lit_s": "swin_tiny_patch4_window7_224",
     "lit_m": "swin_small_patch4_window7_224",
     "lit_b": "swin_base_patch4_window7_224",
+    "litv2_s": "swin_tiny_patch4_window7_224",
+    "litv2_m": "swin_small_patch4_window7_224",
+    "litv2_b": "swin_base_patch4_window7_224",
 }
 TABLES = {
     1: Table(  # it alone has ImageNet-Real

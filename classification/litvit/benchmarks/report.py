@@ -22,7 +22,7 @@ from litvit.benchmarks.paper import ACCURACIES, benchmark_paper
 from litvit.benchmarks.published import TABLES
 from litvit.errors import InputError, printable
 from litvit.runs.folder import replace_file, save_text
-from litvit.training.report import writing_to
+from litvit.training.report import markdown_table, writing_to
 
 MIB = 2**20
 SPEEDS = {  # titles, units, digits
@@ -132,11 +132,6 @@ def _environment(args: argparse.Namespace) -> str:
     return "; ".join((machine(args.device), *([", ".join(settings)] if timed else [])))
 
 
-def _markdown(table: list[list[str]]) -> str:
-    head, *rows = ("| " + " | ".join(cells) + " |" for cells in table)
-    return "\n".join((head, "|" + "---|" * len(table[0]), *rows))
-
-
 def _dtm_table(rows: list[dict]) -> str:
     names = list(rows[0]["forward"])
     operators = [name for name in names if name not in ("ours", "linear")]
@@ -148,7 +143,7 @@ def _dtm_table(rows: list[dict]) -> str:
             ratios = [ms["ours"] / ms["linear"], *(ms[name] / ms["ours"] for name in operators)]
             cells = [*(f"{ms[name]:.3f}" for name in names), *(f"{ratio:.2f}" for ratio in ratios)]
             table.append([row["shape"], title, *cells])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _models_table(rows: list[dict]) -> str:
@@ -158,7 +153,7 @@ def _models_table(rows: list[dict]) -> str:
         for key in ("inference_images_per_second", "training_images_per_second"):
             cells += [f"{row[key]:.1f}", f"{row[key] / rows[-1][key]:.2f}"]
         table.append(cells)
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _size_cells(row: dict) -> list[str]:
@@ -170,7 +165,7 @@ def _table1_table(rows: list[dict]) -> str:
     table = [["model", "parameters M", "multiply-adds G", *head]]
     for row in rows:
         table.append([*_size_cells(row), *(cell for key in SPEEDS for cell in _speed_cells(row, key))])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _speed_cells(row: dict, key: str) -> tuple[str, str]:
@@ -201,10 +196,11 @@ def _paper_text(rows: list[dict]) -> str:
         if key in row["accuracies"]
     }
     if sources:
-        table = [["model", "accuracy", "file", "data"]]
+        table = [["model", "accuracy", "weights", "file", "data"]]
         for (name, title), found in sources.items():
-            table.append([name, title, *(printable(found[key]).replace("|", "\\|") for key in ("file", "data"))])
-        parts += ["## Results of litvit validate", _markdown(table)]
+            origin = (printable(found[key]).replace("|", "\\|") for key in ("weights", "file", "data"))
+            table.append([name, title, *origin])
+        parts += ["## Results of litvit validate", markdown_table(table)]
     return "\n\n".join(parts)
 
 
@@ -234,7 +230,7 @@ def _paper_table(rows: list[dict], number: int) -> str:
             found = row["accuracies"].get(key)
             cells.append(_beside(_number(found and found["percent"], 2), published[key], 1))
         table.append(cells)
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _attention_table(rows: list[dict]) -> str:
@@ -252,7 +248,7 @@ def _attention_table(rows: list[dict]) -> str:
             cells += [f"{values[path] / unit:.{digits}f}" for path in paths]
             cells += [f"{values[path] / values['ours']:.2f}" for path in paths[1:]]
         table.append(cells)
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _dense_table(rows: list[dict]) -> str:
@@ -263,7 +259,7 @@ def _dense_table(rows: list[dict]) -> str:
         speed = f"{reference['milliseconds'] / row['milliseconds']:.2f}"
         cells = ["-", "-"] if memory is None else [f"{memory / MIB:.0f}", f"{memory / reference['memory']:.2f}"]
         table.append([row["input"], row["model"], f"{row['milliseconds']:.1f}", speed, *cells])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _data_table(rows: list[dict]) -> str:
@@ -273,7 +269,7 @@ def _data_table(rows: list[dict]) -> str:
         ms = row["milliseconds"]
         speed = f"{1000 / ms:.0f}" if row["step"] == "all" else ""
         table.append([row["pipeline"], row["step"], f"{ms:.3f}", f"{ms / whole[row['pipeline']]:.0%}", speed])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _export_table(rows: list[dict]) -> str:
@@ -281,7 +277,7 @@ def _export_table(rows: list[dict]) -> str:
     for row in rows:
         ratios = (f"{row[key]:.2f}" for key in ("eager_ratio", "peer_ratio"))
         table.append([str(row["batch"]), row["model"], row["run"], f"{row['milliseconds']:.1f}", *ratios])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 _BENCHMARKS = {

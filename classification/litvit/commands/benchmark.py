@@ -27,15 +27,15 @@ ON_A_GPU = torch.cuda.is_available()
 _RAW = argparse.RawDescriptionHelpFormatter
 PEER = "swin_tiny_patch4_window7_224"
 TABLE1 = (*COUNTERPARTS, "lvt", *(name for name in TABLES[1].counterparts if name not in COUNTERPARTS))
-DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "lvt", "resnet50", PEER)
+DENSE = ("lit_ti", "lit_s", "lit_s:sdpa", "lit_m", "lit_b", "litv2_s", "lvt", "resnet50", PEER)
 
 TABLE1_HELP = """\
-The models of LIT's Table 1, and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
+The models of LIT's Table 1, LITv2 and LVT: parameters, multiply-adds, images/s, peak memory at 224 x 224.
 
-Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S / Swin-Ti, LIT-M / Swin-S, LIT-B / Swin-B, in brackets
-the published ones (RTX 3090, batch 64). Training is forward, backward and AdamW; no model has stochastic depth;
-convolutional networks run channels-last, as their users run them. Memory (GPU only) is measured for one model at a
-time, with weights, gradients and optimizer.
+Ratios are to the counterpart of the pair, LIT-Ti / PVT-S, LIT-S and LITv2-S / Swin-Ti, LIT-M and LITv2-M / Swin-S,
+LIT-B and LITv2-B / Swin-B, in brackets the published ones (RTX 3090, batch 64). Training is forward, backward and
+AdamW; no model has stochastic depth; convolutional networks run channels-last, as their users run them. Memory (GPU
+only) is measured for one model at a time, with weights, gradients and optimizer.
 """
 PAPER_HELP = """\
 LIT's Tables 1 to 4: parameters, multiply-adds, images/s, peak memory and top-1 accuracy, each measured (published).
@@ -150,7 +150,7 @@ def _parser() -> cli.ArgumentParser:
         nargs="*",
         default=["lit_s", PEER],
         metavar="MODEL",
-        help=f"published_lvt is LVT's published arithmetic, operation by operation (lit_s {PEER})",
+        help=f"published_lvt and published_litv2 are the published arithmetic, operation by operation (lit_s {PEER})",
     )
     dtm = add("dtm", "deformable token merging and other operators", DTM_HELP, common, batch)
     dtm.add_argument(
@@ -201,5 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("--tf32 is for GPUs, this is a CPU")
     if args.subcommand == "paper":
         args.tables, args.results = sorted(set(args.tables)), read_results(args.results)
+        shown = {name for number in args.tables for name in TABLES[number].counterparts}
+        if others := args.results.keys() - shown:
+            print(f"not in --tables {shlex.join(map(str, args.tables))}: {', '.join(sorted(others))}", file=sys.stderr)
     report.run(args, f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}")
     return 0

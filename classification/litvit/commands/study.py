@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import torch
 
 from litvit.cli import ArgumentParser
-from litvit.errors import InputError
-from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED
+from litvit.errors import InputError, one_line
+from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, available_cores
 from litvit.studies.cifar10 import download_cifar10
 from litvit.studies.plan import Run, read_study, study_names
 from litvit.studies.report import REPORT, write_report
@@ -39,40 +40,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ", ".join(study_names())
     add("--study", default=default, metavar="NAME", help=f"study: {names}, or a YAML file ({default})")
     add("--output", type=Path, metavar="DIR", help="folder of the runs and of the report (output/<study>)")
-    jobs = gpus or len(os.sched_getaffinity(0))
-    add("--jobs", type=_positive, default=jobs, metavar="N", help=f"runs side by side, per GPU or core one ({jobs})")
+    jobs = gpus or available_cores()
+    add(
+        "--jobs",
+        type=_positive,
+        default=jobs,
+        metavar="N",
+        help=f"runs side by side, one per GPU or core ({jobs})",
+    )
     add("--download", action="store_true", help="fetch CIFAR-10 (163 MiB) into DATA_DIR if that does not exist")
     add("--report", action="store_true", help="train nothing, report the runs that are there")
     add("--traceback", action="store_true", help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
     study = read_study(args.study)
     output = args.output or Path("output") / study.name
-    if args.download and not os.path.exists(args.data_dir):
+    configs = study.configs(args.data_dir)
+    study.check_runs(output)
+    if args.download and not args.report and not os.path.exists(args.data_dir):
         download_cifar10(Path(args.data_dir))
     if not os.path.exists(args.data_dir) and not args.report:
         raise InputError(f"there is no {args.data_dir}; --download makes it the folder of CIFAR-10")
-    with writing_to(output):
-        configs = study.write_recipes(output, args.data_dir)
     runs = list(study.runs(output))
-    trained = {run: len(read_epochs(run)) for run in runs}
-    left = [run for run in runs if trained[run] < last_epoch(configs[run.model])]
+    left = [run for run in runs if len(read_epochs(run)) < last_epoch(configs[run.model])]
+    diverged = [run for run in left if run.diverged]
     print(f"{study.name}: {len(runs)} runs in {output}, {len(runs) - len(left)} of them trained", flush=True)
-    start, done, status = time.perf_counter(), 0, 0
+    for run in diverged:
+        print(f"{run}: diverged, see {run.log}; delete {run.path} to train it again")
+    left = [run for run in left if not run.diverged]
+    start, done = time.perf_counter(), 0
 
-    def ended(run: Run, status: int) -> None:
+    def tell(run: Run, status: int | None) -> None:
         nonlocal done
-        done += 1
-        took = time.perf_counter() - start
+        if status is None:
+            print(f"{run}: started, log in {run.log}", flush=True)
+            return
         epochs = read_epochs(run)
         said = f"{epochs[-1]['eval_top1']:.2f} top-1 after {len(epochs)} epochs" if epochs else "no epoch trained"
-        problem = {0: "", EXIT_DIVERGED: ", diverged", EXIT_INTERRUPTED: ", stopped"}.get(status, ", failed")
-        minutes = f"{took / 60:.1f} min, about {took / done * (len(left) - done) / 60:.0f} left"
-        print(f"{run.model}, seed {run.seed}: {said}{problem} ({done} of {len(left)}; {minutes})", flush=True)
-        write_report(study, output, configs)
+        if status == EXIT_INTERRUPTED:
+            print(f"{run}: stopped and saved, {said}", flush=True)
+            return
+        done += 1
+        minutes = (time.perf_counter() - start) / 60
+        time_left = f"{minutes:.1f} min, about {minutes / done * (len(left) - done):.0f} left"
+        problem = f", diverged, see {run.log}" if status == EXIT_DIVERGED else ""
+        print(f"{run}: {said}{problem} ({done} of {len(left)}; {time_left})", flush=True)
+        try:
+            write_report(study, output, configs)
+        except (OSError, InputError) as error:  # the runs are worth more
+            print(f"warning: cannot renew {output / REPORT}: {one_line(error)}", file=sys.stderr, flush=True)
 
-    if not args.report:
-        status = train(study, left, args.data_dir, min(args.jobs, len(left)), ended) if left else 0
+    status = EXIT_DIVERGED if diverged else 0
+    if left and not args.report:
+        with writing_to(output):
+            study.write_recipes(output)
+        status = max(status, train(study, left, args.data_dir, min(args.jobs, len(left)), tell))
     with writing_to(output):
         print(write_report(study, output, configs))
     print(f"report: {output / REPORT}")
-    return status
+    return 0 if args.report else status

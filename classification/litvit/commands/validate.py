@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": str(data.data_dir),
         "images": metrics.pop("images"),
         "num_classes": num_classes,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "img_size": image_size(data_config["input_size"][1:]),
         "crop_pct": data_config["crop_pct"],
         "interpolation": data_config["interpolation"],

@@ -187,8 +187,9 @@ def save_maps(maps: Sequence[AttentionMap], size: tuple[int, int], folder: Path)
             lines = [(f"{name}, head {head}", BLACK), (f"distance {distance:.1f} px", GREY)]
             sheets.setdefault(found.stage, []).append((shrink(picture), lines))
     for stage, cells in sheets.items():
-        heads = len(next(found for found in maps if found.stage == stage).distance)
-        contact_sheet(cells, columns=heads).save(folder / f"stage-{stage}.png")
+        first = next(found for found in maps if found.stage == stage)
+        heads = [len(found.distance) for found in maps if (found.stage, found.block) == (stage, first.block)]
+        contact_sheet(cells, columns=sum(heads)).save(folder / f"stage-{stage}.png")
     return sum(map(len, sheets.values()))
 
 
@@ -214,10 +215,12 @@ def plot_measures(maps: Sequence[AttentionMap]) -> Figure:
     names = [f"{found.stage}.{found.block}" + (f" ({found.pass_number})" if many else "") for found in maps]
     for number, label in enumerate(labels):
         axes = figure.add_subplot(2, 1, number + 1, ylabel=label)
-        for stage in sorted({found.stage for found in maps}):
-            places = [place for place, found in enumerate(maps) if found.stage == stage]
+        for stage, number_of_pass in sorted({(found.stage, found.pass_number) for found in maps}):
+            curve = f"stage {stage}" + (f" ({number_of_pass})" if many else "")
+            here = (stage, number_of_pass)
+            places = [place for place, found in enumerate(maps) if (found.stage, found.pass_number) == here]
             heads = [(maps[place].distance, maps[place].entropy)[number] for place in places]
-            line = axes.plot(places, [values.mean() for values in heads], label=f"stage {stage}")[0]
+            line = axes.plot(places, [values.mean() for values in heads], label=curve)[0]
             for place, values in zip(places, heads, strict=True):
                 axes.plot([place] * len(values), values, ".", color=line.get_color(), alpha=0.6)
             uniform = [(maps[place].uniform_distance, maps[place].uniform_entropy)[number] for place in places]

@@ -24,7 +24,7 @@ from litvit.data.streams import ImageStream
 from litvit.data.token_labels import TokenLabels, soft_targets
 from litvit.data.workers import WatchedLoader
 from litvit.errors import InputError
-from litvit.processes import Processes
+from litvit.processes import Processes, available_cores
 
 
 class Batch(NamedTuple):
@@ -363,5 +363,4 @@ class TrainingData:
 
 def default_workers() -> int:
     """Return the number of loader processes per process: the number of cores that it has to itself, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(8, max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

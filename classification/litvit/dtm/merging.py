@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from litvit.dtm.deform_conv import deform_conv_tokens, sample_map
-from litvit.graphs import are_static
 
 # Leaves of torch.fx's traces: their Python code depends on shapes, types and devices.
 torch.fx.wrap("_check_tokens")
@@ -69,9 +68,9 @@ class DeformableTokenMerging(nn.Module):
         # Seen as (B, C, H, W) in torch's channels_last memory format, tokens need no copy.
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         folds = False
-        if type(self.conv) is nn.Conv2d and _need_not_be_called(self.conv):
+        if type(self.conv) is nn.Conv2d and need_not_be_called(self.conv):
             weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
-            folds = _is_fixed_batch_norm(norm) and _need_not_be_called(norm)
+            folds = _is_fixed_batch_norm(norm) and need_not_be_called(norm)
             if folds:
                 weight, bias = _fold_norm(
                     weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
@@ -95,7 +94,7 @@ def _check_tokens(x: Tensor, in_dim: int) -> None:
         raise ValueError(f"the map must have 2 x 2 tokens or more, got {x.shape[1]} x {x.shape[2]}")
 
 
-def _need_not_be_called(module: nn.Module) -> bool:
+def need_not_be_called(module: nn.Module) -> bool:
     """Return whether nothing sees a module's call: no hooks, no replaced `forward`."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return not any(hooks) and "forward" not in module.__dict__ and not _has_any_global_hook()
@@ -126,13 +125,6 @@ def _fold_norm(
     if norm_shift is not None:
         shift = shift + norm_shift
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
-
-
-def pad_tokens(x: Tensor, multiple: int) -> Tensor:
-    """Pad tokens (B, H, W, C) right and below with zeros to a multiple of `multiple` in H and W."""
-    # Not -side % multiple, which torch.compile cannot follow into the sizes of resized tables.
-    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in x.shape[1:3])
-    return x if are_static(bottom, right) and not (bottom or right) else F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
 def offset_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -96,6 +96,24 @@ def sampling_locations(offsets: Sequence[Tensor]) -> Tensor:
     Raises:
         InputError: The offsets are infinite or NaN.
     """
+    return sampling_tree(offsets)[-1]
+
+
+def sampling_tree(offsets: Sequence[Tensor]) -> list[Tensor]:
+    """Return all positions on the way of `sampling_locations` from the last stage's tokens to the image.
+
+    A position q of a map with s pixels per token is, in pixels of the image, s q + (s - 1) / 2.
+
+    Args:
+        offsets: Offsets of each merging module, as for `sampling_locations`.
+
+    Returns:
+        Locations (y, x) in pixels, (B, h, w, n, 2), with n = 4, 16, ..., 4 ** len(offsets). Location i of one tensor
+        reads the locations 4 i to 4 i + 3 of the next.
+
+    Raises:
+        InputError: The offsets are infinite or NaN.
+    """
     _check_finite(offsets)
     last = offsets[-1]
     B, h, w, _ = last.shape
@@ -104,10 +122,13 @@ def sampling_locations(offsets: Sequence[Tensor]) -> Tensor:
     columns = torch.arange(w, dtype=dtype, device=last.device)
     positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).expand(B, h, w, 2).unsqueeze(3)
     taps = _taps(positions)
-    for offset in reversed(offsets):
+    tree = []
+    for level, offset in reversed(list(enumerate(offsets))):
         tap_offsets = _read_bilinear(offset.to(dtype), positions).unflatten(-1, (4, 2))
         positions = (2 * positions.unsqueeze(4) + taps + tap_offsets).flatten(3, 4)
-    return PATCH_SIZE * positions + (PATCH_SIZE - 1) / 2
+        side = PATCH_SIZE * 2**level
+        tree.append(side * positions + (side - 1) / 2)
+    return tree
 
 
 def _check_finite(offsets: Sequence[Tensor]) -> None:

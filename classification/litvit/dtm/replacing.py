@@ -7,8 +7,9 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from litvit.dtm.merging import DeformableTokenMerging, pad_tokens
+from litvit.dtm.merging import DeformableTokenMerging
 from litvit.errors import InputError
+from litvit.tokens import pad_tokens
 
 try:
     from timm.data import resolve_input_data_config

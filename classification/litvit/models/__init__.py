@@ -20,6 +20,18 @@ from litvit.models.lit import (
     pvt_small_msa_no1234,
     pvt_tiny,
 )
+from litvit.models.litv2 import (
+    LITv2,
+    litv2_b,
+    litv2_m,
+    litv2_s,
+    litv2_s_alpha00,
+    litv2_s_alpha02,
+    litv2_s_alpha04,
+    litv2_s_alpha05,
+    litv2_s_alpha07,
+    litv2_s_alpha10,
+)
 from litvit.models.lvt import LVT, lvt, lvt_cls
 from litvit.models.published import identify_model, translate_published
 from litvit.models.swin import swin_tiny_dtm
@@ -28,6 +40,7 @@ __all__ = [
     "LIT",
     "LVT",
     "Backbone",
+    "LITv2",
     "identify_model",
     "lit_b",
     "lit_m",
@@ -35,6 +48,15 @@ __all__ = [
     "lit_s_plain",
     "lit_ti",
     "lit_ti_plain",
+    "litv2_b",
+    "litv2_m",
+    "litv2_s",
+    "litv2_s_alpha00",
+    "litv2_s_alpha02",
+    "litv2_s_alpha04",
+    "litv2_s_alpha05",
+    "litv2_s_alpha07",
+    "litv2_s_alpha10",
     "lvt",
     "lvt_cls",
     "pvt_large",

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from litvit.checkpoints import keep_own_classifier, load_weights
 from litvit.downloads import cache_folder, fetch
+from litvit.dtm.merging import need_not_be_called
 from litvit.errors import InputError
+from litvit.tokens import conv_tokens, in_parts
 
 try:
     from timm.models._input import update_model_input_size
@@ -32,9 +35,9 @@ class Backbone(nn.Module, ABC):
 
     A subclass creates `stages`, an nn.Sequential, and `norm`, which follows the last stage, then its classifiers by
     `reset_classifier`. It implements `_stem`, which turns images into the input of the first stage, and, if it has a
-    class token, `_join_class_token`, which turns the last stage's map into tokens with it. It overrides
-    `from_published` if its weights are published under other names, and `_resize_entry` and `set_input_size` if some of
-    them depend on the image size.
+    class token, `_join_class_token`, which turns the last stage's map into tokens with it, and `forward_features`. It
+    overrides `from_published` if its weights are published under other names, and `_resize_entry` and `set_input_size`
+    if some of them depend on the image size.
 
     Args:
         in_chans: Number of image channels.
@@ -128,7 +131,12 @@ class Backbone(nn.Module, ABC):
 
         Args:
             img_size: Image size in pixels, an int or (H, W).
+
+        Raises:
+            InputError: img_size is smaller than 32.
         """
+        if min(to_2tuple(img_size)) < self.total_stride:
+            raise InputError(f"images must have {self.total_stride} pixels or more per side, not img_size={img_size}")
         if update_model_input_size is not None:
             update_model_input_size(self, to_2tuple(img_size))
 
@@ -137,6 +145,11 @@ class Backbone(nn.Module, ABC):
         if global_pool not in choices:
             raise InputError(f"global_pool must be one of {', '.join(map(repr, choices))}, got {global_pool!r}")
         self.global_pool = global_pool
+
+    def _set_out_norms(self, out_norms: tuple[int, ...], dims: tuple[int, ...], **kwargs) -> None:
+        if not set(out_norms) <= set(range(len(dims))):
+            raise InputError(f"out_norms must be stages from 0 to {len(dims) - 1}, got {tuple(out_norms)}")
+        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], **kwargs) for i in out_norms})
 
     def load_pretrained(self, file: str) -> None:
         """Load published weights, also for other classes, image sizes or image channels.
@@ -148,6 +161,11 @@ class Backbone(nn.Module, ABC):
             InputError: The file cannot be read, or holds weights of another model.
         """
         load_weights(self, file, new_classifier=True)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return names of further parameters without weight decay, besides biases and norms."""
+        return set()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -277,6 +295,27 @@ class Backbone(nn.Module, ABC):
             maps = list(zip(maps, prefixes, strict=True))
         return maps if intermediates_only else (x, maps)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the tokens after the last norm, (B, H/32, W/32, C), from images, (B, in_chans, H, W)."""
+        return self.norm(self.stages(self._stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the tokens of `forward_features` and classify them.
+
+        Args:
+            x: Tokens, (B, H/32, W/32, C) or (B, 1 + N, C).
+            pre_logits: Whether to return the classifier's input, (B, C).
+
+        Returns:
+            Logits, (B, num_classes). Without pooling, logits of each token.
+        """
+        x = self._pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images: (B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
     def _pool(self, x: Tensor) -> Tensor:
         """Pool tokens (B, h, w, C) or (B, 1 + N, C) to (B, C). Without pooling, return them as they are."""
         if self.global_pool == "token":
@@ -329,9 +368,28 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, *args, recompute: bool) -> Tens
     return x
 
 
+class ConvMlp(nn.Module):
+    """MLP with a 3 x 3 depthwise convolution before its activation, on (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A forward hook has to see all images at once.
+        return in_parts(self._apply_to, x) if all(map(need_not_be_called, self.children())) else self._apply_to(x)
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(F.gelu(conv_tokens(self.conv, self.fc1(x))))))
+
+
 def init_linear(module: nn.Module) -> None:
     """Initialise a linear layer: weights normal with a standard deviation of 0.02, bias zero."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:  # without numbers it would only take time
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from litvit.attention import attend, relative_attention, relative_position_bias
 from litvit.attention.position_tables import resize_position_table, resize_relative_table
 from litvit.dtm import DeformableTokenMerging
-from litvit.dtm.merging import pad_tokens
 from litvit.errors import InputError
 from litvit.models.backbone import (
     Backbone,
@@ -33,6 +32,7 @@ from litvit.models.backbone import (
     init_linear,
     run_blocks,
 )
+from litvit.tokens import pad_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on sizes, types and devices.
 torch.fx.wrap("_check_size")
@@ -397,9 +397,7 @@ class LIT(Backbone):
             trunc_normal_(self.cls_token, std=0.02)
             trunc_normal_(self.cls_pos_embed, std=0.02)
         self.norm = nn.LayerNorm(dims[-1], eps=norm_eps, **dd)
-        if not set(out_norms) <= set(range(len(dims))):
-            raise InputError(f"out_norms must be stages from 0 to {len(dims) - 1}, got {tuple(out_norms)}")
-        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], eps=norm_eps, **dd) for i in out_norms})
+        self._set_out_norms(out_norms, dims, eps=norm_eps, **dd)
         self.apply(init_linear)
         self.reset_classifier(num_classes)
 
@@ -501,23 +499,6 @@ class LIT(Backbone):
         for stage in self.stages[:-1]:
             x = stage(x)
         return self.norm(self.stages[-1](x, self._class_token()))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool the tokens of `forward_features` and classify them.
-
-        Args:
-            x: Tokens, (B, H/32, W/32, C) or (B, 1 + N, C).
-            pre_logits: Whether to return the classifier's input, (B, C).
-
-        Returns:
-            Logits, (B, num_classes). Without pooling, logits of each token.
-        """
-        x = self._pool(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify images of `img_size`: (B, in_chans, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _as_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import re
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -21,12 +21,14 @@ from litvit.graphs import are_static, is_exporting
 from litvit.models.backbone import (
     Backbone,
     BackboneFeatures,
+    ConvMlp,
     check_min_size,
     create_backbone,
     default_cfg,
     init_linear,
     run_blocks,
 )
+from litvit.tokens import conv_tokens, crop_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on sizes.
 torch.fx.wrap("_unfold")
@@ -59,7 +61,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.of_images:
             x = x.permute(0, 2, 3, 1)
-        return self.norm(_conv(self.proj, x))
+        return self.norm(conv_tokens(self.proj, x))
 
 
 class ConvolutionalSelfAttention(nn.Module):
@@ -138,12 +140,7 @@ def _fold(patches: Tensor, size: tuple[int, int]) -> Tensor:
     x = torch.stack((middle, end + F.pad(start[:, :, 1:], (0, 0, 0, 0, 0, 0, 0, 1))), dim=3)
     start, middle, end = x.unbind(5)
     x = torch.stack((middle, end + F.pad(start[:, 1:], (0, 0, 0, 0, 0, 0, 0, 0, 0, 1))), dim=2)
-    x = x.view(B, 2 * h, 2 * w, heads * c)
-    if is_exporting() and not are_static(*size):
-        # A slice would make the graph one for odd sides or one for even ones, by its strides.
-        rows, columns = (torch.arange(side, device=x.device) for side in size)
-        return x.index_select(1, rows).index_select(2, columns)
-    return x[:, : size[0], : size[1]]
+    return crop_tokens(x.view(B, 2 * h, 2 * w, heads * c), size)
 
 
 class AtrousConv(nn.Conv2d):
@@ -207,7 +204,7 @@ class RecursiveAtrousSelfAttention(nn.Module):
         heads, c = self.num_heads, C // self.num_heads
         q = sum(scales[1:], start=scales[0]).permute(0, 2, 3, 1).reshape(B, H * W, heads, c).transpose(1, 2)
         if self.reduce is not None:
-            x = self.norm(_conv(self.reduce, x))
+            x = self.norm(conv_tokens(self.reduce, x))
         h, w = x.shape[1:3]
         k, v = self.kv(x).reshape(B, h * w, 2, heads, c).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v, None, self.attn_drop, self.fused_attn)
@@ -218,26 +215,6 @@ class RecursiveAtrousSelfAttention(nn.Module):
         for _ in range(self.recursion_depth - 1):
             previous, x = x, F.silu(self._attention(x + previous))
         return x
-
-
-class ConvMlp(nn.Module):
-    """MLP with a 3 x 3 depthwise convolution before its activation, on (B, H, W, dim)."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden, dim, **dd)
-        self.drop2 = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(F.gelu(_conv(self.conv, self.fc1(x))))))
-
-
-def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to a channels-last map. The permutations are views, nothing is copied."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
@@ -466,19 +443,6 @@ class LVT(Backbone):
                 value = value.flatten(1)
             own[name] = value
         return own
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Record another image size, see `Backbone.set_input_size`. The model takes any size from 32 up.
-
-        Args:
-            img_size: Image size in pixels, an int or (H, W).
-
-        Raises:
-            InputError: img_size is smaller than 32.
-        """
-        if min(to_2tuple(img_size)) < self.total_stride:
-            raise InputError(f"images must have {self.total_stride} pixels or more per side, not img_size={img_size}")
-        super().set_input_size(img_size)
 
     def _stem(self, x: Tensor) -> Tensor:
         check_min_size(x, self.total_stride)

@@ -1,4 +1,4 @@
-"""LIT and LVT in mmengine's registry: the classification models without their heads."""
+"""LIT, LVT and Swin with token merging in mmengine's registry: the classification models without their heads."""
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -92,9 +92,11 @@ class MMBackbone(BaseModule):
     def _frozen(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
-        first = getattr(self.model, "patch_embed", None) or self.stages[0].patch_embed
-        norms = [norm for i, norm in self.out_norms.items() if int(i) < self.frozen_stages]
-        return [first, *self.stages[: self.frozen_stages], *norms]
+        stages = self.model.layers if hasattr(self.model, "layers") else self.model.stages  # Swin's, ours
+        first = getattr(self.model, "patch_embed", None) or stages[0].patch_embed
+        norms = getattr(self.model, "out_norms", {}).items()
+        norms = [norm for i, norm in norms if int(i) < self.frozen_stages]
+        return [first, *stages[: self.frozen_stages], *norms]
 
     def init_weights(self) -> None:
         """Load the weights that `init_cfg` names.
@@ -121,15 +123,16 @@ class MMBackbone(BaseModule):
 
 @MODELS.register_module()
 class LIT(MMBackbone):
-    """LIT (`arch`: lit_ti, lit_s, lit_m, lit_b) as backbone of mmdet and mmseg, see `MMBackbone`.
+    """LIT (`arch`: lit_ti, lit_s, lit_m, lit_b) and LITv2 (litv2_s, litv2_m, litv2_b), see `MMBackbone`.
 
-    PVT (pvt_tiny, pvt_small, pvt_medium, pvt_large) and the models of the paper's ablations are other values of `arch`.
+    PVT (pvt_tiny, pvt_small, pvt_medium, pvt_large) and the models of the papers' ablations are other values of `arch`.
 
     For models with relative position tables `img_size` is the image size of the tables, 800 in the published detectors
-    and 512 in the published segmentors; `out_norms` are the stages whose maps get a LayerNorm.
+    and 512 in the published segmentors; `out_norms` are the stages whose maps get a LayerNorm. LITv2 takes
+    `window_sizes`, the side of HiLo's windows in each stage.
     """
 
-    family = ("lit_*", "pvt_tiny", "pvt_small*", "pvt_medium", "pvt_large")
+    family = ("lit_*", "litv2_*", "pvt_tiny", "pvt_small*", "pvt_medium", "pvt_large")
 
     def __init__(self, arch: str = "lit_ti", **kwargs) -> None:
         super().__init__(arch, **kwargs)
@@ -143,3 +146,24 @@ class LVT(MMBackbone):
 
     def __init__(self, arch: str = "lvt", **kwargs) -> None:
         super().__init__(arch, **kwargs)
+
+
+@MODELS.register_module()
+class Swin(MMBackbone):
+    """Swin with deformable token merging (`arch`: swin_tiny_dtm) as backbone of mmdet and mmseg, see `MMBackbone`.
+
+    Images need sides that are multiples of 4, as detectors and segmentors pad them.
+    """
+
+    family = "swin_*_dtm"
+
+    def __init__(self, arch: str = "swin_tiny_dtm", **kwargs) -> None:
+        super().__init__(arch, strict_img_size=False, **kwargs)
+        self.model._register_load_state_dict_pre_hook(_drop_classifier)
+
+
+def _drop_classifier(state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Pre-hook of load_state_dict: drop what ImageNet weights of timm's have beside the backbone."""
+    for name in list(state_dict):
+        if name.startswith((f"{prefix}norm.", f"{prefix}head.")):
+            del state_dict[name]

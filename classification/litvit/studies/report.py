@@ -4,23 +4,26 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from litvit.benchmarks.macs import count_macs
+from litvit.benchmarks.macs import count_macs, count_parameters
 from litvit.runs.folder import BEST_WEIGHTS, STARTS, read_description, replace_file
 from litvit.studies.plan import Run, Study
 from litvit.studies.running import last_epoch, read_epochs
 from litvit.training.config import Config
 from litvit.training.model import build_model
+from litvit.training.report import markdown_table
 
 REPORT, FIGURES, CURVES = "report.md", "report.json", "curves.png"
 Row = dict[str, Any]
@@ -41,22 +44,23 @@ def write_report(study: Study, output: Path, configs: dict[str, Config]) -> str:
         InputError: A file of a run cannot be read.
         OSError: The report cannot be written.
     """
-    epochs = {run: read_epochs(run) for run in study.runs(output)}
-    epochs = {run: rows for run, rows in epochs.items() if rows}
-    rows = [_model_row(model, configs[model], _of_model(epochs, model)) for model in study.models]
+    runs = list(study.runs(output))
+    epochs = {run: rows for run in runs if (rows := read_epochs(run))}
+    whole = {run: rows for run, rows in epochs.items() if len(rows) >= last_epoch(configs[run.model])}
+    diverged = [run for run in runs if run.diverged and run not in whole]
+    rows = [_model_row(model, configs[model], _of_model(whole, model)) for model in study.models]
     pairs = [_pair_row(pair, rows) for pair in study.pairs]
-    text = "\n\n".join(_tables(rows, pairs))
+    text = "\n\n".join(_tables(rows, pairs, diverged))
     starts = [start for run in epochs for start in _starts(run)]
-    whole = sum(len(rows) >= last_epoch(configs[run.model]) for run, rows in epochs.items())
-    number = len(list(study.runs(output)))
-    parts = [f"# Study {study.name}", f"{whole} of {number} runs are trained to their last epoch.", text]
+    parts = [f"# Study {study.name}", f"{len(whole)} of {len(runs)} runs are trained to their last epoch.", text]
     parts[2:2] = _places(starts)
     if epochs:
         parts.append(f"![Top-1 of all runs, top-1 by epoch, training loss by step]({CURVES})")
-        figure = _plot(study, rows, epochs)
+        figure = _plot(study, rows, whole or epochs)
         replace_file(output / CURVES, partial(figure.savefig, format="png"))
-    figures = {"study": study.name, "runs": number, "trained": whole, "starts": starts, "models": rows, "pairs": pairs}
-    content = json.dumps(figures, indent=2, default=str) + "\n"
+    figures = {"study": study.name, "runs": len(runs), "trained": len(whole), "diverged": list(map(str, diverged))}
+    figures |= {"starts": starts, "models": rows, "pairs": pairs}
+    content = json.dumps(figures, indent=2, default=str, allow_nan=False) + "\n"
     replace_file(output / FIGURES, lambda temporary: temporary.write_text(content))
     replace_file(output / REPORT, lambda temporary: temporary.write_text("\n\n".join(parts) + "\n"))
     return text
@@ -67,69 +71,81 @@ def _of_model(epochs: dict[Run, list[Row]], model: str) -> dict[Run, list[Row]]:
 
 
 def _model_row(name: str, config: Config, epochs: dict[Run, list[Row]]) -> Row:
-    """Return the figures of a model. Those of its runs that are not trained to their last epoch have no results."""
-    last = {run.seed: rows[-1] for run, rows in epochs.items() if len(rows) >= last_epoch(config)}
-    every = [row for rows in epochs.values() for row in rows]
-    size: Row = {}
-    for run in epochs:
-        classes = read_description(run.path / BEST_WEIGHTS).get("num_classes")
-        if classes:  # else the best weights are somewhere else
-            model = build_model(config.model, classes)
-            images = config.model.img_size
-            size = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-            size["macs"] = count_macs(model, images) if images else count_macs(model)
-            break
+    """Return the figures of a model from its runs that are trained to their last epoch."""
+    last = {run.seed: rows[-1] for run, rows in epochs.items()}
+    speeds = [row["train_images_per_second"] for rows in epochs.values() for row in rows]
+    speeds = [speed for speed in speeds if speed > 0]  # none where only the validation of an epoch was left
+    memory = [row["train_memory_mib"] for row in last.values() if "train_memory_mib" in row]
     return {
         "model": name,
-        **size,
-        "top1": {seed: row["eval_top1"] for seed, row in last.items()},
-        "train_loss": {seed: row["train_loss"] for seed, row in last.items()},
-        "images_per_second": statistics.mean(row["train_images_per_second"] for row in every) if every else None,
-        "memory_mib": max((row["train_memory_mib"] for row in every if "train_memory_mib" in row), default=None),
+        **_size(config, list(epochs)),
+        "top1": {seed: _finite(row["eval_top1"]) for seed, row in last.items()},
+        "train_loss": {seed: _finite(row["train_loss"]) for seed, row in last.items()},
+        "images_per_second": {"median": statistics.median(speeds), "lowest": min(speeds), "highest": max(speeds)}
+        if speeds
+        else None,
+        "memory_mib": max(memory, default=None),
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _size(config: Config, runs: Sequence[Run]) -> Row:
+    """Return the number of parameters and multiply-adds of a model, nothing where its number of classes is unknown."""
+    classes = next((read_description(run.path / BEST_WEIGHTS).get("num_classes") for run in runs), None)
+    if classes is None:
+        return {}
+    plain = replace(config.model, pretrained=False, initial_checkpoint=None)
+    with torch.device("meta"):
+        model = build_model(plain, classes)
+    size = plain.img_size
+    return {"parameters": count_parameters(model), "macs": count_macs(model, size) if size else count_macs(model)}
 
 
 def _pair_row(pair: tuple[str, str], rows: Sequence[Row]) -> Row:
     """Return the differences in top-1 of two models, for each seed that both have."""
     first, second = (next(row["top1"] for row in rows if row["model"] == name) for name in pair)
-    return {"pair": pair, "difference": {seed: first[seed] - second[seed] for seed in first if seed in second}}
+    both = {seed: (first[seed], second[seed]) for seed in first if seed in second}
+    return {"pair": pair, "difference": {seed: a - b for seed, (a, b) in both.items() if None not in (a, b)}}
 
 
-def _tables(rows: Sequence[Row], pairs: Sequence[Row]) -> list[str]:
+def _tables(rows: Sequence[Row], pairs: Sequence[Row], diverged: Sequence[Run]) -> list[str]:
     head = ["model", "parameters M", "multiply-adds M", "seeds", "top-1 %", "training loss", "images/s", "memory MiB"]
     models = [head]
     for row in rows:
         cells = [row["model"], _number(row.get("parameters"), 2, 1e6), _number(row.get("macs"), 1, 1e6)]
         cells += [str(len(row["top1"])), _spread(row["top1"].values()), _spread(row["train_loss"].values(), 3)]
-        models.append([*cells, _number(row["images_per_second"], 0), _number(row["memory_mib"], 0)])
-    tables = [_markdown(models)]
+        speed = row["images_per_second"]
+        speed = f"{speed['median']:.0f} ({speed['lowest']:.0f} to {speed['highest']:.0f})" if speed else "-"
+        models.append([*cells, speed, _number(row["memory_mib"], 0)])
+    tables = [markdown_table(models)]
     if pairs:
         table = [["difference in top-1", "mean", "by seed"]]
         for row in pairs:
             values = row["difference"].values()
             each = ", ".join(f"{value:+.2f}" for value in values)
             table.append([" - ".join(row["pair"]), _spread(values, sign="+"), each or "-"])
-        tables.append(_markdown(table))
+        tables.append(markdown_table(table))
+    if diverged:
+        tables.append("Diverged, and in no number: " + "; ".join(f"{run} ({run.log})" for run in diverged) + ".")
     tables.append(
         "Top-1 is that of the last epoch, not of the best one. After ± stands the standard deviation over the seeds. "
-        "Images/s are those of training, while the other runs of the study ran beside it; memory is the peak of a "
-        "process, on a GPU that of its tensors."
+        "Images/s are the median (and range) of the epochs of training, while other runs, and perhaps other programs, "
+        "ran beside them: `litvit benchmark` compares speeds. Memory is the peak of a process, on a GPU that of its "
+        "tensors."
     )
     return tables
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
 def _number(value: float | None, digits: int, unit: float = 1) -> str:
     return "-" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    values = list(values)
-    if not values:
+def _spread(values: Collection[float | None], digits: int = 2, sign: str = "") -> str:
+    """Return the mean and the standard deviation; "-" if there are no values, or some are not finite."""
+    if not values or None in values:
         return "-"
     mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
@@ -150,7 +166,8 @@ def _places(starts: Sequence[Row]) -> list[str]:
         processor = hardware.get("gpu") or f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
         commit = f", commit {str(start['commit'])[:7]}{'-dirty' if start.get('changed') else ''}"
         packages = ", ".join(f"{name} {value}" for name, value in versions.items() if value and name != "litvit")
-        place = f"- {processor}; {packages}{commit if start.get('commit') else ''}"
+        data = f", data {start['data_dir']}" if start.get("data_dir") else ""
+        place = f"- {processor}; {packages}{commit if start.get('commit') else ''}{data}"
         if place not in places:
             places.append(place)
     return ["\n".join(places)] if places else []
@@ -163,7 +180,7 @@ def _plot(study: Study, rows: Sequence[Row], epochs: dict[Run, list[Row]]) -> Fi
     styles = _styles(study)
     for place, row in enumerate(rows):
         colour = styles[row["model"]]["color"]
-        values = list(row["top1"].values())
+        values = [value for value in row["top1"].values() if value is not None]
         points.plot([place] * len(values), values, "o", color=colour, alpha=0.7)
         if values:
             points.plot(place, statistics.mean(values), "_", color="black", markersize=22)
@@ -179,7 +196,7 @@ def _plot(study: Study, rows: Sequence[Row], epochs: dict[Run, list[Row]]) -> Fi
     loss.set(xlabel="step", ylabel="loss", title="training")
     for axes in (points, top1, loss):
         axes.grid(alpha=0.3)
-    top1.legend()
+    figure.legend(*top1.get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return figure
 
 
@@ -194,8 +211,9 @@ def _styles(study: Study) -> dict[str, Row]:
 
 
 def _plot_mean(axes: Axes, curves: Sequence[dict[int, float]], **style: Any) -> None:
-    """Plot the mean of curves where all of them have a value, and the band of their standard deviation."""
-    places = sorted(set.intersection(*map(set, curves))) if curves else []
+    """Plot the mean of curves where all of them have a finite value, and the band of their standard deviation."""
+    finite = [{place for place, value in curve.items() if math.isfinite(value)} for curve in curves]
+    places = sorted(set.intersection(*finite)) if finite else []
     if not places:
         return
     values = [[curve[place] for curve in curves] for place in places]
@@ -208,10 +226,10 @@ def _plot_mean(axes: Axes, curves: Sequence[dict[int, float]], **style: Any) -> 
 
 def _losses(run: Run) -> dict[int, float]:
     """Return the training loss by step, from the TensorBoard files of a run; nothing if it has none."""
-    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 2000})
+    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
     if not (run.path / "tensorboard").is_dir():
         return {}
     events.Reload()
     if "train/loss" not in events.Tags()["scalars"]:
         return {}
-    return {event.step: event.value for event in events.Scalars("train/loss") if math.isfinite(event.value)}
+    return {event.step: event.value for event in events.Scalars("train/loss")}

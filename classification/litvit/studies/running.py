@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,23 +14,43 @@ from pathlib import Path
 import torch
 
 from litvit.errors import InputError
-from litvit.processes import EXIT_DIVERGED, EXIT_INPUT_ERROR, EXIT_INTERRUPTED, LAUNCHER, STATUS_FILE, StopSignals
+from litvit.processes import (
+    EXIT_DIVERGED,
+    EXIT_INPUT_ERROR,
+    EXIT_INTERRUPTED,
+    LAUNCHER,
+    STATUS_FILE,
+    StopSignals,
+    available_cores,
+)
 from litvit.runs.summary import read_summary
 from litvit.studies.plan import Run, Study
 from litvit.training.config import Config
 
 POLL = 0.2  # seconds
 LINES = 20  # of the output of a run that failed
+NEEDED = ("epoch", "train_loss", "train_images_per_second", "eval_top1")
 
 
 def read_epochs(run: Run) -> list[dict[str, float]]:
-    """Return the epochs that a run has trained, as its summary.csv has them; none for a run that has not begun."""
+    """Return the epochs that a run has trained, as its summary.csv has them; none for a run that has not begun.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     try:
-        return read_summary(run.summary)
-    except FileNotFoundError:
+        rows = read_summary(run.summary)
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {run.summary}: {error}") from error
+        raise InputError(f"cannot read {run.summary}: {error}; delete {run.path} to train the run again") from error
+    for number, row in enumerate(rows, 1):
+        for name in NEEDED:
+            if name not in row:
+                raise InputError(
+                    f"{run.summary} has no {name} in row {number}; delete {run.path} to train the run again"
+                )
+    return rows
 
 
 def last_epoch(config: Config) -> int:
@@ -44,10 +65,19 @@ class _Started:
     process: subprocess.Popen
     status: Path
     output: Path
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Ask the run to save and to end. It is asked once: at its end, a second signal would kill it."""
+        if not self.stopped:
+            self.stopped = True
+            self.process.terminate()
 
     def exit_status(self) -> int:
         text = self.status.read_text() if self.status.exists() else ""
-        return int(text) if text else self.process.returncode
+        status = int(text) if text else self.process.returncode
+        # A signal ends a run that has not begun: there is nothing to save.
+        return EXIT_INTERRUPTED if self.stopped and status == -signal.SIGTERM else status
 
 
 def train(
@@ -55,7 +85,7 @@ def train(
     runs: Sequence[Run],
     data_dir: str,
     jobs: int,
-    report: Callable[[Run, int], None],
+    report: Callable[[Run, int | None], None],
 ) -> int:
     """Train runs, `jobs` at a time.
 
@@ -66,16 +96,17 @@ def train(
         runs: Runs to start or to continue.
         data_dir: Data to train on.
         jobs: Number of processes.
-        report: Function that is called when a run has ended, with the run and its exit status.
+        report: Function that is called when a run has started, with the run and None, and when it has ended, with its
+            exit status.
 
     Returns:
-        Exit status: 0, that of a run that was stopped, or EXIT_DIVERGED if runs diverged. The others go on then.
+        Exit status: 0, EXIT_INTERRUPTED if runs were stopped, or EXIT_DIVERGED if some diverged. The others go on then.
 
     Raises:
-        InputError: A run found wrong input. The message is its own.
-        RuntimeError: A run failed. The message is the end of its output.
+        InputError: A run found wrong input. The message is its own. The others are stopped, and saved.
+        RuntimeError: A run failed. The message is the end of its output. The others are stopped, and saved.
     """
-    waiting, started, status = list(runs), [], 0
+    waiting, started, statuses = list(runs), [], {0}
     with tempfile.TemporaryDirectory() as folder, StopSignals() as signals, contextlib.ExitStack() as stack:
         stack.callback(_stop, started)
         while started or (waiting and not signals.received):
@@ -84,48 +115,59 @@ def train(
                 slot = next(slot for slot in range(jobs) if slot not in taken)
                 taken.add(slot)
                 started.append(_start(study, waiting.pop(0), data_dir, jobs, slot, Path(folder)))
-            if signals.received:
-                for one in started:
-                    one.process.terminate()  # it finishes its step and saves; a second signal changes nothing
+                report(started[-1].run, None)
             time.sleep(POLL)
+            for one in started if signals.received else ():
+                one.stop()
             for one in [one for one in started if one.process.poll() is not None]:
                 started.remove(one)
-                ended = one.exit_status()
-                report(one.run, ended)
-                if ended in (EXIT_DIVERGED, EXIT_INTERRUPTED):
-                    status = max(status, ended)
-                elif ended:
-                    raise _failure(one, ended)
-        return EXIT_INTERRUPTED if signals.received else status
+                status = one.exit_status()
+                if status not in (0, EXIT_DIVERGED, EXIT_INTERRUPTED):
+                    raise _failure(one, status)
+                statuses.add(status)
+                report(one.run, status)
+        return EXIT_INTERRUPTED if signals.received else max(statuses)
+
+
+def environment(slot: int, jobs: int, gpus: int) -> dict[str, str]:
+    """Return the environment variables of a run: its share of the cores, and with several GPUs one of them.
+
+    Args:
+        slot: Number of the run among those that are trained side by side.
+        jobs: Number of runs that are.
+        gpus: Number of GPUs.
+    """
+    changes = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        changes["OMP_NUM_THREADS"] = str(max(1, available_cores() // jobs))
+    if gpus > 1:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        changes["CUDA_VISIBLE_DEVICES"] = names.split(",")[slot % gpus].strip()
+    return changes
 
 
 def _start(study: Study, run: Run, data_dir: str, jobs: int, slot: int, folder: Path) -> _Started:
-    status, output = folder / f"{run.model}.{run.seed}.status", folder / f"{run.model}.{run.seed}.output"
-    # A launcher's environment: the process ends with this one, and leaves its exit status in the file.
-    environment = os.environ | {STATUS_FILE: str(status), LAUNCHER: str(os.getpid())}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
-    if torch.cuda.device_count() > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        gpus = visible if visible != [""] else list(map(str, range(torch.cuda.device_count())))
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    status, output = (folder / f"{run.model}.{run.seed}.{kind}" for kind in ("status", "output"))
+    # A launcher's variables: the process ends with this one, and leaves its exit status in the file.
+    variables = {STATUS_FILE: str(status), LAUNCHER: str(os.getpid())}
+    variables |= environment(slot, jobs, torch.cuda.device_count())
     command = [sys.executable, "-m", "litvit", "train", *study.flags(run, data_dir)]
     with open(output, "wb") as file:
-        # Ctrl-C of the terminal reaches this process alone, which passes it on.
-        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        # In a session of its own, Ctrl-C of the terminal reaches this process alone, which passes it on.
+        options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, env=os.environ | variables, **options)
     return _Started(run, slot, process, status, output)
 
 
 def _failure(one: _Started, status: int) -> Exception:
     lines = one.output.read_text(errors="backslashreplace").splitlines()
-    name = f"{one.run.model}, seed {one.run.seed}"
     if status == EXIT_INPUT_ERROR and lines:
-        return InputError(f"{name}: {lines[-1].removeprefix('error: ')}")
-    return RuntimeError(f"{name} ended with status {status}:\n" + "\n".join(lines[-LINES:]))
+        return InputError(f"{one.run}: {lines[-1].removeprefix('error: ')}")
+    return RuntimeError(f"{one.run} ended with status {status}:\n" + "\n".join(lines[-LINES:]))
 
 
 def _stop(started: Sequence[_Started]) -> None:
     for one in started:
-        one.process.terminate()
+        one.stop()
     for one in started:
         one.process.wait()

@@ -70,7 +70,7 @@ def key_value(text: str) -> tuple[str, Any]:
 class ModelConfig:
     """A model and its images."""
 
-    model: str | None = setting(None, "NAME", "lit_ti, lit_s, lit_m, lit_b, lvt, pvt_small, or any of timm's")
+    model: str | None = setting(None, "NAME", "lit_ti, lit_s, lit_m, lit_b, litv2_s, lvt, pvt_small, or any of timm's")
     imports: Sequence[str] = setting(
         (), "MODULE", "modules of your own that register models and the like", "--import", nargs="+"
     )

@@ -30,6 +30,7 @@ RECIPE_OF = {
     "lvt_cls": "lvt",
     "lit_ti_plain": "lit_ti",
     **dict.fromkeys(("lit_s_plain", "swin_tiny_dtm"), "lit_s"),
+    **dict.fromkeys((f"litv2_s_alpha{tenths}" for tenths in ("00", "02", "04", "05", "07", "10")), "litv2_s"),
     **dict.fromkeys(("pvt_tiny", "pvt_medium", "pvt_large", "pvt_small_dtm", "pvt_small_msa"), "pvt_small"),
     **dict.fromkeys((f"pvt_small_msa_no{stages}" for stages in ("1", "12", "123", "1234")), "pvt_small"),
 }
@@ -61,8 +62,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file with a mapping: a recipe, or a study.
+def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
+    """Read a YAML file with a mapping.
+
+    Args:
+        path: YAML file.
+        kind: What it is, for messages.
 
     Raises:
         InputError: a missing file, no YAML, or no mapping.
@@ -73,15 +78,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if path.parent == RECIPES:
             advice = "install litvit again, or name a recipe with --config"
             raise InputError(f"the recipe of {path.stem} is missing, {path}: {advice}") from None
-        raise InputError(f"no recipe at {path}") from error
+        raise InputError(f"no {kind} at {path}") from error
     except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from error
+        raise InputError(f"cannot read the {kind} {path}: {error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no recipe: it holds no text, and a recipe is a YAML file") from error
+        raise InputError(f"{path} is no {kind}: it holds no text, and a {kind} is a YAML file") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no `flag: value` lines")
+        lines = "`flag: value`" if kind == "recipe" else "`name: value`"
+        raise InputError(f"{path} holds no {lines} lines")
     return content
 
 

@@ -44,6 +44,12 @@ def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40, d
     return "\n".join(map(str.rstrip, lines))
 
 
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, its head first."""
+    head, *rows = ("| " + " | ".join(cells) + " |" for cells in table)
+    return "\n".join([head, "|" + "---|" * len(table[0]), *rows])
+
+
 def _cell(value: str | int | float | None, width: int, digits: int = 1) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}f}"

@@ -47,6 +47,17 @@ def test_a_flag_of_several_numbers_ends_where_they_end(line):
         parser.parse_args(["data", "--size"])
 
 
+@pytest.mark.parametrize(
+    ("line", "port"), [("--port 80 data", 80), ("--port data", 0), ("data", None), ("data --port", 0)]
+)
+def test_a_flag_of_one_number_or_none(line, port):
+    parser = cli.ArgumentParser(prog="x.py")
+    parser.add_argument("folder")
+    parser.add_argument("--port", type=int, nargs="?", const=0)
+    settings = parser.parse_args(line.split())
+    assert (settings.folder, settings.port) == ("data", port)
+
+
 def test_other_errors_are_not_hidden():
     def main(_):
         raise ValueError("a bug")

@@ -13,10 +13,11 @@ from litvit.dtm import DeformableTokenMerging
 from litvit.errors import InputError
 from litvit.runtimes import FORMATS, DenseMaps, Export, check_format, compare, write
 
-# Two stages have all that the models are made of: merging, position tables, both of LVT's attentions.
+# Two stages have all that the models are made of: merging, position tables, HiLo, both of LVT's attentions.
 SMALL = {
     "lit_ti": {"img_size": 64, "dims": (8, 16), "depths": (1, 1), "num_heads": (0, 2), "mlp_ratios": (2, 2)},
     "lit_s": {"img_size": 64, "dims": (8, 16), "depths": (1, 1), "num_heads": (0, 2), "mlp_ratios": (2, 2)},
+    "litv2_s": {"dims": (8, 16), "depths": (1, 1), "num_heads": (0, 2), "window_sizes": (0, 2), "mlp_ratios": (2, 2)},
     "lvt": {"dims": (8, 16), "depths": (1, 1), "num_heads": (2, 2), "mlp_ratios": (2, 2), "reductions": (2,)}
     | {"class_blocks": 1, "class_heads": 2},
 }
@@ -72,7 +73,9 @@ def test_onnx_takes_any_number_of_images(name, tmp_path):
     assert (result.same_top1, result.images) == (10, 10)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("onnx", "lit_s"), ("torch-export", "lvt"), ("openvino", "lit_s")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("onnx", "lit_s"), ("onnx", "litv2_s"), ("torch-export", "lvt"), ("openvino", "lit_s")]
+)
 def test_dense_files_take_any_size(kind, name, tmp_path):
     needs(kind)
     model = DenseMaps(small(name))

@@ -8,7 +8,10 @@ from pathlib import Path
 CLASSIFICATION = Path(__file__).parents[3] / "classification"
 PVT = "pvt_large, pvt_medium, pvt_small, pvt_small_dtm, pvt_small_msa, pvt_small_msa_no1, "
 PVT += "pvt_small_msa_no12, pvt_small_msa_no123, {}pvt_tiny"
-EVERY = "lit_m, lit_s, lit_s_plain, lit_ti, lit_ti_plain, lvt, lvt_cls, " + PVT.format("pvt_small_msa_no1234, ")
+V2 = "litv2_b, litv2_m, litv2_s, " + ", ".join(
+    f"litv2_s_alpha{tenths}" for tenths in ("00", "02", "04", "05", "07", "10")
+)
+EVERY = f"lit_m, lit_s, lit_s_plain, lit_ti, lit_ti_plain, {V2}, lvt, lvt_cls, " + PVT.format("pvt_small_msa_no1234, ")
 TESTS = """
 import pytest
 import torch
@@ -62,7 +65,7 @@ def test_runs_the_tests_with_our_models_and_prints_a_table(tmp_path):
     done = run(tmp_path, "-q")
     rows = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.startswith("test_")]
     assert rows == [
-        ["test_standard", "passed", "lit_b, lit_m, lit_s, lit_s_plain, pvt_small_msa_no1234"],
+        ["test_standard", "passed", f"lit_b, lit_m, lit_s, lit_s_plain, {V2}, pvt_small_msa_no1234"],
         ["test_nonstandard", "passed", f"lit_ti, lit_ti_plain, lvt, lvt_cls, {PVT.format('')}"],
         ["test_every", "failed", "lit_b"],
         ["test_every", "passed", EVERY],

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litvit.attention.maps import AttentionAverages
+from litvit.attention.maps import AttentionAverages, AttentionReader
 from litvit.errors import InputError
 
 LIT = {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "num_heads": (0, 0, 2, 4), "num_classes": 3}
@@ -19,7 +19,7 @@ def create(name: str, **kwargs) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
     for key, parameter in model.named_parameters():
-        if any(part in key for part in (".qkv.", ".q.", ".kv.", "bias_table")):
+        if any(part in key for part in (".qkv.", ".q.", ".kv.", ".h_qkv.", ".l_q.", ".l_kv.", "bias_table")):
             nn.init.normal_(parameter, std=0.7)
     return model
 
@@ -118,6 +118,39 @@ def test_a_relative_position_bias(images):
         place = divmod(found.query, found.layout.grid[1])
         torch.testing.assert_close(found.probabilities[:, place[0], place[1]], torch.ones_like(found.distance))
         assert other.distance.min() > 1
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_windows_and_means_of_hilo(images, window):
+    config = {**LIT, "depths": (1, 1, 1, 1), "num_heads": (0, 0, 4, 4), "window_sizes": (0, 0, window, 1)}
+    model = create("litv2_s", **config, alpha=0.5)
+    averages = AttentionAverages(model, (3, 64, 96))
+    averages.add(images)
+    assert averages.left_out == []
+    assert places(averages) == [(3, 0, 1), (3, 0, 2), (4, 0, 1)]
+    high, low, all_tokens = averages.maps
+    assert [len(found.distance) for found in averages.maps] == [2, 2, 4]
+    assert (low.layout.key_grid, low.layout.reduction) == ((2, 3) if window == 2 else (2, 2), window)
+    assert all_tokens.layout.key_grid == (2, 3)
+
+    attn, name = model.stages[2].blocks[0].attn, "stages.2.blocks.0.attn"
+    x = inputs_of(model, images, name)[name][0]
+    padded = F.pad(x, (0, 0, 0, -x.shape[2] % window, 0, -x.shape[1] % window))
+    means = F.avg_pool2d(padded.permute(0, 3, 1, 2), window).flatten(2).transpose(1, 2)
+    q = F.linear(x.flatten(1, 2), attn.l_q.weight.double(), attn.l_q.bias.double()).unflatten(2, (2, 4))
+    k = F.linear(means, attn.l_kv.weight.double(), attn.l_kv.bias.double()).unflatten(2, (2, 2, 4))[:, :, 0]
+    p = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 2).softmax(-1)
+    check(low, p, centres(4, 6, 16), centres(*low.layout.key_grid, 16 * window))
+
+    row, column = divmod(high.query, 6)
+    top, left = row // window * window, column // window * window
+    inside = torch.zeros(4, 6, dtype=torch.bool)
+    inside[top : top + window, left : left + window] = True
+    assert (high.probabilities[:, ~inside] == 0).all()
+    cut = padded[:, top : top + window, left : left + window].flatten(1, 2)
+    p = of_qkv(cut, attn.h_qkv, 2)[:, :, (row - top) * window + column - left].mean(0)
+    seen = F.pad(inside, (0, window, 0, window))[top : top + window, left : left + window].flatten()
+    torch.testing.assert_close(high.probabilities[:, inside], p[:, seen], rtol=1e-4, atol=1e-6)
 
 
 def test_both_passes_of_rasa_and_reduced_keys(images):
@@ -250,3 +283,40 @@ def test_queries_that_do_not_fit(queries, message):
     model = create("lit_ti", img_size=(64, 96), **LIT)
     with pytest.raises(InputError, match=message):
         AttentionAverages(model, (3, 64, 96), queries)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"),
+    [
+        ("lit_ti", (64, 96), {**LIT, "img_size": (64, 96)}),
+        ("lvt", (64, 96), LVT),
+        ("litv2_s", (64, 96), {**LIT, "num_heads": (0, 0, 4, 4), "window_sizes": (0, 0, 3, 1), "alpha": 0.5}),
+        ("vit_tiny_patch16_224", (64, 64), {"img_size": 64, "depth": 1, "num_classes": 3}),
+        (
+            "swin_tiny_patch4_window7_224",
+            (64, 64),
+            {"img_size": 64, "window_size": 3, "depths": (2, 2), "num_heads": (1, 2), "embed_dim": 8, "num_classes": 3},
+        ),
+    ],
+)
+def test_rows_of_all_tokens(name, size, kwargs):
+    model = create(name, **kwargs)
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
+    reader = AttentionReader(model, (3, *size))
+    found: dict[int, Tensor] = {}
+    output = reader.read(images, lambda number, p: found.update({number: reader.attentions[number].rows(p, 3)}))
+    with torch.no_grad():
+        torch.testing.assert_close(output, model(images), rtol=1e-4, atol=1e-4)
+    stages = {attention.stage: math.prod(attention.layout.grid) for attention in reader.attentions}
+    for queries in ([0] * len(stages), [count - 1 for count in stages.values()], None):
+        averages = AttentionAverages(model, (3, *size), queries)
+        averages.add(images)
+        assert list(found) == list(range(len(averages.maps)))
+        for number, average in enumerate(averages.maps):
+            rows, attention = found[number], reader.attentions[number]
+            shape = (math.prod(attention.layout.grid), math.prod(attention.layout.key_grid))
+            assert rows.shape == (3, attention.heads, *shape)
+            mean = rows[:, :, average.query].double().mean(0)
+            torch.testing.assert_close(mean, average.probabilities.flatten(1), rtol=1e-4, atol=1e-7)
+            if not any(attention.layout.prefixes) and attention.layout.windows is None:
+                torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), rtol=1e-4, atol=1e-4)

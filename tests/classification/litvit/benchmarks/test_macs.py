@@ -47,7 +47,7 @@ def test_handles_count_attention_and_bilinear_reads():
     }
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lvt"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "litv2_s", "lvt"])
 def test_fvcore_counts_what_we_do(name):
     fvcore = pytest.importorskip("fvcore.nn")
     model = timm.create_model(name).eval()

@@ -3,7 +3,7 @@ import torch
 from timm.models import create_model
 from torch import nn
 
-from litvit.dtm.offsets import OffsetStatistics, merging_modules, predict_offsets, sampling_locations
+from litvit.dtm.offsets import OffsetStatistics, merging_modules, predict_offsets, sampling_locations, sampling_tree
 from litvit.errors import InputError
 
 
@@ -41,6 +41,31 @@ def test_zero_offsets_give_the_regular_grid():
     corners = torch.stack(torch.meshgrid(32 * torch.arange(4), 32 * torch.arange(3), indexing="ij"), dim=-1)
     inside = locations - corners[None, :, :, None]
     assert (inside.min(), inside.max()) == (1.5, 29.5)
+
+
+def test_the_tree_of_zero_offsets_is_of_squares_in_squares():
+    tree = sampling_tree(zero_offsets())
+    assert [level.shape[3] for level in tree] == [4, 16, 64]
+    y, x = torch.meshgrid(32 * torch.arange(4) + 15.5, 32 * torch.arange(3) + 15.5, indexing="ij")
+    parents = torch.stack((y, x), dim=-1).double().unsqueeze(2).expand(2, -1, -1, -1, -1)
+    for level, side in zip(tree, (16, 8, 4), strict=True):
+        corners = (side / 2) * torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]])
+        expected = (parents.unsqueeze(4) + corners).flatten(3, 4)
+        torch.testing.assert_close(level, expected, rtol=0, atol=0)
+        parents = level
+
+
+def test_the_tree_follows_each_modules_offsets():
+    torch.manual_seed(0)
+    offsets = [torch.randn_like(offset) for offset in zero_offsets()]
+    tree = sampling_tree(offsets)
+    torch.testing.assert_close(tree[-1], sampling_locations(offsets), rtol=0, atol=0)
+    torch.testing.assert_close(tree[0] - sampling_tree(zero_offsets())[0], 16 * offsets[2].unflatten(-1, (4, 2)))
+    # The rest of the way does not change what is before it.
+    for changed in (0, 1):
+        others = [torch.zeros_like(offset) if i <= changed else offset for i, offset in enumerate(offsets)]
+        for before, after in zip(tree[: 2 - changed], sampling_tree(others), strict=False):
+            torch.testing.assert_close(before, after, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("level", "stride"), [(0, 4), (1, 8), (2, 16)])

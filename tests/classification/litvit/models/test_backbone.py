@@ -1,4 +1,4 @@
-"""What LIT and LVT share."""
+"""What LIT, LITv2 and LVT share."""
 
 import pytest
 import timm
@@ -16,6 +16,7 @@ SMALL = {
     "lit_ti": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "lit_s": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "pvt_small": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 4)},
+    "litv2_s": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "lvt": {"dims": (8, 8, 16, 32), "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 4), "class_heads": 4},
 }
 SHALLOW = {"depths": (1, 1, 1, 1), "dims": (96, 32, 32, 32), "num_heads": (0, 0, 2, 2)}
@@ -48,7 +49,15 @@ def test_batches_of_any_number():
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("lit_ti", None), ("lit_s", None), ("lit_s", "plain"), ("lit_s", "sdpa"), ("lvt", None), ("pvt_small", None)],
+    [
+        ("lit_ti", None),
+        ("lit_s", None),
+        ("lit_s", "plain"),
+        ("lit_s", "sdpa"),
+        ("lvt", None),
+        ("litv2_s", None),
+        ("pvt_small", None),
+    ],
 )
 def test_no_images(name, path, monkeypatch):
     if path:
@@ -67,7 +76,7 @@ def test_no_images(name, path, monkeypatch):
         assert [scores.shape for scores in model(x, torch.eye(7, dtype=torch.bool))] == [(0, 5), (0, 49, 5)]
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lvt"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "litv2_s", "lvt"])
 def test_weights_save_as_they_are(name, tmp_path):
     model = timm.create_model(name)
     assert all(parameter.is_contiguous() for parameter in model.parameters())
@@ -93,7 +102,7 @@ def test_prefix_tokens_come_with_the_maps(name):
     expected = model.forward_features(x)
     torch.testing.assert_close(features, expected)
     with_prefix = model.forward_intermediates(x, norm=True, return_prefix_tokens=True, intermediates_only=True)
-    if name == "lit_s":
+    if name in ("lit_s", "litv2_s"):
         assert [tuple(out.shape) for out in with_prefix] == [tuple(out.shape) for out in maps]
         return
     for i, ((out, prefix), alone) in enumerate(zip(with_prefix, maps, strict=True)):
@@ -114,7 +123,9 @@ def test_intermediates_in_a_dictionary(name):
     features, maps = model.forward_intermediates(x, [0, 3])
     found = model.forward_intermediates(x, [0, 3], output_dict=True, return_prefix_tokens=True)
     prefix = found.pop("image_intermediates_prefix", None)
-    assert [tuple(out.shape) for out in prefix or ()] == [(2, 1, out.shape[1]) for out in maps if name != "lit_s"]
+    assert [tuple(out.shape) for out in prefix or ()] == [
+        (2, 1, out.shape[1]) for out in maps if name not in ("lit_s", "litv2_s")
+    ]
     torch.testing.assert_close(found, {"image_intermediates": maps, "image_features": features})
     assert list(model.forward_intermediates(x, output_dict=True, intermediates_only=True)) == ["image_intermediates"]
 
@@ -132,13 +143,13 @@ def test_another_input_size_is_that_of_a_model_built_so(name, tmp_path):
     torch.testing.assert_close(loaded(images(*size)), model(images(*size)))
     for sized in (model, built, loaded):
         found = resolve_input_data_config(sized)["input_size"]
-        assert found == ((3, 224, 224) if name == "lvt" else (3, *size))  # LVT takes any size
+        assert found == ((3, 224, 224) if name in ("lvt", "litv2_s") else (3, *size))  # these take any size
 
 
 @pytest.mark.parametrize("size", [16, 0, (64, 31), 100])
 @pytest.mark.parametrize("name", SMALL)
 def test_input_sizes_that_do_not_fit(name, size):
-    if name == "lvt" and size == 100:
+    if name in ("lvt", "litv2_s") and size == 100:
         return
     model = small(name)
     for act in (lambda: model.set_input_size(size), lambda: small(name, img_size=size)):

@@ -19,6 +19,7 @@ SMALL = {
     "lit_ti": {"img_size": 64, "dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "lit_s": {"img_size": 64, "dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "pvt_small": {"img_size": 64, "dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 4)},
+    "litv2_s": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "lvt": {"dims": (8, 8, 16, 32), "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 4), "class_heads": 4},
 }
 every_model = pytest.mark.parametrize("name", SMALL)

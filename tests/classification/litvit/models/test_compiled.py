@@ -16,6 +16,7 @@ SMALL = {
     "lit_ti": {"img_size": 64, "dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "lit_s": {"img_size": 64, "dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "pvt_small": {"img_size": 64, "dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 4)},
+    "litv2_s": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
     "lvt": {"dims": (8, 8, 16, 32), "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 4), "class_heads": 4},
 }
 
@@ -79,7 +80,7 @@ def test_exported_for_any_number_of_images(name, kwargs):
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "pvt_small"])
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "litv2_s", "pvt_small"])
 def test_dense_lit_exported_at_the_size_of_its_tables_takes_others(name):
     model = small(name, features_only=True, out_indices=(0, 1, 2)).eval()
     dynamic = {"x": {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}

@@ -21,7 +21,10 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lit_m", "lit_b", "lvt_cls", "pvt_small", "pvt_small_msa"])
+@pytest.mark.parametrize(
+    "name",
+    ["lit_ti", "lit_s", "lit_m", "lit_b", "litv2_s", "litv2_m", "litv2_b", "lvt_cls", "pvt_small", "pvt_small_msa"],
+)
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 0}, {"features_only": True, "out_indices": (1, 2)}])
 def test_published_names_load_strictly(name, kwargs, published):
     with torch.device("meta"):
@@ -38,6 +41,7 @@ def test_published_names_load_strictly(name, kwargs, published):
         ("lit_ti_dense", {}),
         ("lit_s_dense", {"img_size": 800, "out_norms": (1, 2, 3)}),
         ("lit_s_dense", {"img_size": 512, "out_norms": (1, 2, 3)}),
+        ("litv2_s_dense", {"out_norms": (1, 2, 3)}),
         ("lvt_dense", {}),
     ],
 )
@@ -113,7 +117,10 @@ def test_timm_loads_published_files(tmp_path, published):
     torch.testing.assert_close(model.patch_embed.proj.weight, weight.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "lit_m", "lit_b", "lvt_cls", "pvt_small", "pvt_small_msa"])
+@pytest.mark.parametrize(
+    "name",
+    ["lit_ti", "lit_s", "lit_m", "lit_b", "litv2_s", "litv2_m", "litv2_b", "lvt_cls", "pvt_small", "pvt_small_msa"],
+)
 def test_models_are_identified_by_their_layers(name, published):
     theirs = published(name, numbers=False)
     with torch.device("meta"):

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing
+import torch.nn.functional as F
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
@@ -20,6 +21,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from litvit.benchmarks.published_litv2 import PublishedLITv2
 from litvit.errors import InputError
 
 TINY = {
@@ -32,17 +34,19 @@ TINY = {
 }
 PVT = {**TINY, "arch": "pvt_small", "num_heads": (1, 2, 2, 4)}
 RELATIVE = {**TINY, "arch": "lit_s", "num_heads": (0, 0, 2, 2), "out_norms": (1, 2, 3)}
+HILO = {**RELATIVE, "arch": "litv2_s", "alpha": 0.5}
 DENSE = {
     "lit_ti_dense": {"type": "LIT"},
     "lit_s_dense": {"type": "LIT", "arch": "lit_s", "img_size": 800, "out_norms": (1, 2, 3)},
     "lvt_dense": {"type": "LVT"},
+    "litv2_s_dense": {"type": "LIT", "arch": "litv2_s", "out_norms": (1, 2, 3)},
 }
 
 
 @pytest.mark.parametrize("registry", [mmdet.registry.MODELS, mmseg.registry.MODELS])
-@pytest.mark.parametrize(("type_", "arch", "kwargs"), [("LIT", "lit_ti", {}), ("LVT", "lvt", {})])
-def test_one_backbone_for_mmdet_and_mmseg(registry, type_, arch, kwargs):
-    backbone = registry.build({"type": type_, "out_indices": (1, 3)}).eval()
+@pytest.mark.parametrize(("type_", "arch"), [("LIT", "lit_ti"), ("LIT", "litv2_s"), ("LVT", "lvt")])
+def test_one_backbone_for_mmdet_and_mmseg(registry, type_, arch):
+    backbone = registry.build({"type": type_, "arch": arch, "out_indices": (1, 3)}).eval()
     model = timm.create_model(arch, features_only=True, out_indices=(1, 3)).eval()
     assert list(backbone.state_dict()) == list(model.model.state_dict())
     model.model.load_state_dict(backbone.state_dict())
@@ -51,6 +55,26 @@ def test_one_backbone_for_mmdet_and_mmseg(registry, type_, arch, kwargs):
     assert isinstance(maps, tuple)
     for ours, theirs in zip(maps, model(images), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_swin_with_token_merging_is_a_backbone(tmp_path):
+    small = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+    classifier = timm.create_model("swin_tiny_dtm", **small)
+    torch.save(classifier.state_dict(), tmp_path / "swin.pth")
+    init = {"type": "Pretrained", "checkpoint": str(tmp_path / "swin.pth")}
+    backbone = MODELS.build({"type": "Swin", **small, "frozen_stages": 2, "with_cp": True, "init_cfg": init})
+    backbone.init_weights()
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, classifier.state_dict()[key])
+    maps = backbone.train()(torch.randn(1, 3, 68, 100))
+    assert [tuple(features.shape) for features in maps] == [
+        *((1, 24, 17, 25), (1, 48, 9, 13), (1, 96, 5, 7), (1, 192, 3, 4))
+    ]
+    sum(features.sum() for features in maps).backward()
+    trained = {name.split(".")[1] for name, value in backbone.named_parameters() if value.grad is not None}
+    assert trained == {"2", "3"}
+    offsets = [value for name, value in backbone.named_parameters() if name.endswith("offset.weight")]
+    assert [value.grad is not None for value in offsets] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -71,6 +95,25 @@ def test_published_dense_checkpoints_load_by_every_entry_point(name, published, 
     for backbone in (plain["backbone"], engine["backbone"], config):
         for key, value in reference.state_dict().items():
             assert torch.equal(backbone.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("window", [2, 4])
+@pytest.mark.parametrize("size", [(800, 1344), (75, 101), (32, 33)])
+def test_maps_of_litv2_are_the_published_ones_where_windows_do_not_divide_them(window, size):
+    torch.manual_seed(0)
+    config = {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 1), "num_heads": (0, 0, 2, 2), "alpha": 0.5}
+    config["window_sizes"] = (0, 0, window, 1)
+    theirs = PublishedLITv2(**config).eval()
+    norms = {f"norm{i}.{part}": torch.randn(8 * 2**i) for i in (1, 2, 3) for part in ("weight", "bias")}
+    ours = MODELS.build({"type": "LIT", "arch": "litv2_s", "out_norms": (1, 2, 3), **config}).eval()
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if "head" not in name} | norms)
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        maps, _ = ours(images), theirs(images)
+    for i, (actual, expected) in enumerate(zip(maps, theirs.maps, strict=True)):
+        if i:
+            expected = F.layer_norm(expected, expected.shape[3:], norms[f"norm{i}.weight"], norms[f"norm{i}.bias"])
+        torch.testing.assert_close(actual.permute(0, 2, 3, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_imagenet_weights_load_and_norms_of_the_maps_keep_their_initial_values(published, tmp_path):
@@ -148,7 +191,7 @@ def gradients(backbone):
     return {name: parameter.grad for name, parameter in backbone.named_parameters()}
 
 
-@pytest.mark.parametrize("config", [TINY, RELATIVE, PVT, {"type": "LVT"}])
+@pytest.mark.parametrize("config", [TINY, RELATIVE, PVT, HILO, {"type": "LVT"}])
 def test_every_parameter_gets_a_gradient_also_with_checkpointing(config):
     backbone = MODELS.build(config).train()
     again = MODELS.build({**config, "with_cp": True}).train()
@@ -159,7 +202,7 @@ def test_every_parameter_gets_a_gradient_also_with_checkpointing(config):
         torch.testing.assert_close(others[name], grad)
 
 
-@pytest.mark.parametrize("config", [RELATIVE, {"type": "LVT"}])
+@pytest.mark.parametrize("config", [RELATIVE, HILO, {"type": "LVT"}])
 def test_frozen_stages_stay_as_they_are(config):
     backbone = MODELS.build({**config, "frozen_stages": 2, "norm_eval": True}).train()
     frozen = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
@@ -185,7 +228,9 @@ def test_a_copy_is_a_backbone_of_its_own():
 
 
 def test_wrong_arguments_are_one_line():
-    with pytest.raises(InputError, match="unknown arch 'lit_x' of LIT: there are lit_b, lit_m, lit_s, .*, pvt_tiny"):
+    with pytest.raises(
+        InputError, match="unknown arch 'lit_x' of LIT: there are lit_b, lit_m, lit_s, .*, litv2_b, .*, pvt_tiny"
+    ):
         MODELS.build({"type": "LIT", "arch": "lit_x"})
     with pytest.raises(InputError, match="unknown arch 'lit_s' of LVT"):
         MODELS.build({"type": "LVT", "arch": "lit_s"})

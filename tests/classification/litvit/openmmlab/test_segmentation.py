@@ -16,7 +16,12 @@ from torch import nn
 import litvit.openmmlab.segmentation  # noqa: F401 (registers the head)
 
 CONFIGS = Path(__file__).parents[4] / "segmentation" / "configs"
-WIDTHS = {"lit_ti": (64, 128, 320, 512), "lit_s": (96, 192, 384, 768), "lvt": (64, 64, 160, 256)}
+WIDTHS = {
+    "lit_ti": (64, 128, 320, 512),
+    "lit_s": (96, 192, 384, 768),
+    "litv2_s": (96, 192, 384, 768),
+    "lvt": (64, 64, 160, 256),
+}
 
 
 def head(**kwargs):
@@ -121,7 +126,7 @@ def test_segformer_head_in_two_processes(tmp_path):
 
 
 def segmentation_entries(arch, published):
-    """The published backbone of a segmentor: norms on all maps, and tables of 512."""
+    """The published backbone of a segmentor: LIT-S has norms on all maps, and tables of 512."""
     entries = published(f"{arch}_dense")
     if arch == "lit_s":
         entries |= {"norm0.weight": torch.full((96,), 1.1), "norm0.bias": torch.full((96,), 0.1)}
@@ -133,8 +138,9 @@ def segmentation_entries(arch, published):
 
 def settings(arch):
     """The backbone's part of the arch's config."""
-    file = "lvt/segformer.lvt.512x512.ade.160k.py" if arch == "lvt" else f"lit/{arch}_fpn_r50_512x512_80k_ade20k.py"
-    return Config.fromfile(CONFIGS / file).model
+    folder = arch.split("_")[0]
+    file = "segformer.lvt.512x512.ade.160k.py" if arch == "lvt" else f"{arch}_fpn_r50_512x512_80k_ade20k.py"
+    return Config.fromfile(CONFIGS / folder / file).model
 
 
 class Attention(nn.Module):
@@ -162,7 +168,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("size", [(512, 512), (512, 683)])
-@pytest.mark.parametrize("arch", WIDTHS)
+@pytest.mark.parametrize("arch", ["lit_ti", "lit_s", "lvt"])
 def test_features_of_the_segmentation_settings(arch, size, published):
     backbone = MODELS.build(settings(arch).backbone | {"init_cfg": None}).eval()
     backbone.load_state_dict(segmentation_entries(arch, published))

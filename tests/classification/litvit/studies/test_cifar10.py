@@ -12,7 +12,7 @@ def test_images_of_torchvision_become_a_folder_that_trains(tmp_path, small_study
     classes = ["cat", "dog", "frog"]
     for split in ("train", "val"):
         write_images(tmp_path / split, FakeData(12, (3, 32, 32), len(classes)), classes)
-    config = read_study(str(small_study())).write_recipes(tmp_path / "out", str(tmp_path))["A"]
+    config = read_study(str(small_study())).configs(str(tmp_path))["A"]
     train, val, _ = open_train_and_val(config.data)
     assert len(train) == len(val) == 12
     image, label = FakeData(12, (3, 32, 32), len(classes))[7]

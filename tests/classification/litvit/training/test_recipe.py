@@ -1,4 +1,4 @@
-"""The four recipes reproduce the published runs; flags override recipes."""
+"""The recipes reproduce the published runs; flags override recipes."""
 
 import pytest
 import torch
@@ -58,14 +58,31 @@ SWIN |= {"warmup_lr_base": 5e-7, "min_lr_base": 5e-6}
         ("lit_s", SWIN | {"drop_path": 0.2}),
         ("lit_m", SWIN | {"drop_path": 0.3}),
         ("lit_b", SWIN | {"drop_path": 0.5}),
+        ("litv2_s", SWIN | {"drop_path": 0.2}),
+        ("litv2_m", SWIN | {"drop_path": 0.3}),
+        ("litv2_b", SWIN | {"drop_path": 0.5}),
         *((name, TI) for name in ("lit_ti_plain", "pvt_tiny", "pvt_small", "pvt_small_dtm", "pvt_small_msa_no1")),
-        *((name, SWIN | {"drop_path": 0.2}) for name in ("lit_s_plain", "swin_tiny_dtm")),
+        *((name, SWIN | {"drop_path": 0.2}) for name in ("lit_s_plain", "swin_tiny_dtm", "litv2_s_alpha02")),
     ],
 )
 def test_recipe_is_the_published_run(model, own):
     settings = parse_config(["data", "--model", model]).flat()
     expected = {"model": model, **SHARED, **own}
     assert {name: settings[name] for name in expected} == expected
+
+
+def test_fine_tuning_of_litv2_at_384(tmp_path):
+    settings = parse_config(["data", "--config", "litv2_b_384"]).flat()
+    expected = {"model": "litv2_b", "pretrained": True, "img_size": 384, "crop_pct": 1.0, "weight_decay": 1e-8}
+    expected |= {"epochs": 30, "warmup_epochs": 5, "cooldown_epochs": 0, "lr_base": 2e-5, "lr_base_size": 512}
+    expected |= {"min_lr_base": 2e-7, "warmup_lr_base": 2e-8, "sched_on_updates": True}
+    assert {name: settings[name] for name in expected} == expected
+    weights = tmp_path / "weights.safetensors"
+    save_weights(weights, {"w": torch.ones(1)}, {"model": "litv2_b", "img_size": 224, "crop_pct": 0.875})
+    own = parse_config(
+        ["data", "--config", "litv2_b_384", "--no-pretrained", "--initial-checkpoint", str(weights)]
+    ).flat()
+    assert {name: own[name] for name in expected} == expected | {"pretrained": False}
 
 
 def test_every_model_of_the_package_has_a_recipe():

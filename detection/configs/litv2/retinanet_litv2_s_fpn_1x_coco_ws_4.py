@@ -1,0 +1,9 @@
+# RetinaNet with LITv2-S on COCO, 1x: box AP 43.7 (published, val2017), 38.0 M parameters.
+# HiLo's windows are 4 x 4 tokens in stage 3, not 2 x 2.
+# Run:  bash tools/dist_train.sh configs/litv2/retinanet_litv2_s_fpn_1x_coco_ws_4.py 8
+# Test: bash tools/dist_test.sh configs/litv2/retinanet_litv2_s_fpn_1x_coco_ws_4.py \
+#       https://github.com/ziplab/LITv2/releases/download/v1.0/retinanet_litv2_s_fpn_1x_coco_ws_4.pth 8
+# Cost: not measured.
+_base_ = "retinanet_litv2_s_fpn_1x_coco.py"
+
+model = dict(backbone=dict(window_sizes=(0, 0, 4, 1)))
