@@ -17,6 +17,7 @@ train_and_validate() { # NAME: of the recipe and of the run; further flags of tr
     "$python" train.py "$data" --config "$1" --output "$root/output" --experiment "$1" "${@:2}"
     "$python" validate.py "$data" --checkpoint "$run/model_best.safetensors" --results-file "$run/validation.json"
     echo "run:      $run (settings.yaml, summary.csv, train.log, tensorboard/, model_best.safetensors, validation.json)"
+    echo "report:   $run/report.html (open it in a browser)"
 }
 
 if [[ ${1:-} == lvt ]]; then

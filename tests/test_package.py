@@ -103,6 +103,7 @@ def test_the_wheel_trains_with_the_recipes(wheel, tmp_path):
     settings = yaml.safe_load((tmp_path / "output/demo/settings.yaml").read_text())
     expected = parse_config(begun).flat()
     assert {name: expected[name] for name in settings} == settings
+    assert "2 of 2 epochs" in (tmp_path / "output/demo/report.html").read_text()
     done = run("litvit", "validate", "digits", "--checkpoint", "output/demo/model_best.safetensors")
     assert json.loads(done.stdout)["top1"] > 15, done.stderr
     done = run("litvit", "explore", "digits/val/3/00000.png", "--checkpoint", "output/demo")

@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": ("litvit.commands.validate", "evaluate a checkpoint: accuracy, calibration, what it gets wrong"),
     "predict": ("litvit.commands.predict", "label images: the most probable classes, contact sheets"),
     "compare": ("litvit.commands.compare", "compare two reports of validate, image by image"),
+    "report": ("litvit.commands.report", "make the page of a training run again, or compare runs in one page"),
     "export": ("litvit.commands.export", "write a model for ONNX, OpenVINO and others, and compare it"),
     "make-token-labels": ("litvit.commands.make_token_labels", "make the label files that LVT is trained with"),
     "explore": ("litvit.commands.explore", "write a page to explore what a model sees in pictures"),

@@ -37,8 +37,8 @@ from litvit.training.flags import (
     parse_with_checkpoint,
 )
 from litvit.training.model import ModelConfig, PrecisionConfig, build_trained_model, data_settings, image_size
-from litvit.training.predictions import Predicted, Predictions
-from litvit.training.report import COLUMNS, RESULT, format_table, per_class, write_report
+from litvit.training.predictions import COLUMNS, Predicted, Predictions, per_class
+from litvit.training.report import RESULT, format_table, write_report
 
 SHOWN = 20  # classes in the table on the terminal
 

@@ -63,6 +63,16 @@ def predict_offsets(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [offset.permute(0, 2, 3, 1) for offset in offsets]
 
 
+def mean_lengths(offsets: Sequence[Tensor]) -> list[float]:
+    """Return the mean length of the offsets of each merging module in pixels, NaN if one is not finite.
+
+    Args:
+        offsets: Offsets of each merging module, first stage first, (B, h, w, 8), as `predict_offsets` returns them.
+    """
+    means = [offset.float().unflatten(-1, (4, 2)).norm(dim=-1).mean() for offset in offsets]
+    return [PATCH_SIZE * 2**number * mean for number, mean in enumerate(torch.stack(means).tolist())]
+
+
 def sampling_locations(offsets: Sequence[Tensor]) -> Tensor:
     """Follow the last stage's tokens down through all merging modules to the image.
 

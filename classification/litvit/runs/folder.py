@@ -37,6 +37,9 @@ SETTINGS = "settings.yaml"
 STARTS = "starts.yaml"
 LOG = "train.log"
 SUMMARY = "summary.csv"
+PAGE = "report.html"
+FIRST_BATCH = "first_batch.json"
+BEST_VALIDATION = "best_validation.json"
 
 
 def _is_number(value: Any) -> bool:
@@ -68,7 +71,9 @@ DESCRIPTION: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("crop_pct", "top1", "epoch", "val_fraction"), _is_number, "a number"),
 )
 # Settings that say where a run is carried out, not what it computes.
-LOCATION_SETTINGS = ("data_dir", "config", "cfg", "resume", "dry_run", "device", "output", "experiment", "chosen")
+LOCATION_SETTINGS = (
+    *("data_dir", "config", "cfg", "resume", "dry_run", "device", "output", "experiment", "chosen", "changed"),
+)
 # Settings that a continued run may change: how it is carried out, and how long it is. Batch size and micro-batches may
 # change together with the world size; the total batch may not.
 RESUMABLE_CHANGES = (
@@ -105,6 +110,9 @@ class RunConfig:
     max_unreadable: float = setting(0.01, "X", "share of images that may fail to decode")
     fit_to_data: bool = setting(False, None, "choose what is left open by the number of images (recipe finetune)")
     chosen: Sequence[str] = ()  # what was chosen so, and why
+    changed: Sequence[
+        str
+    ] = ()  # names of the settings that are not the recipe's, or not the defaults where it has none
     patience: int | None = setting(None, "N", "epochs without a better top-1 after which the run ends (never)")
     seed: int = setting(42, "N", "seed of weights, sample order, augmentation")
     device: str | None = setting(None, "NAME", "cuda, cuda:1, cpu, mps ... (cuda if available)")

@@ -1,23 +1,24 @@
-"""Progress of a run: log lines or a progress bar, summary.csv, loggers."""
+"""Progress of a run: log lines or a progress bar, summary.csv, loggers, its page."""
 
 import contextlib
-import csv
+import json
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
-from timm.utils import trim_summary, update_summary
 from tqdm import tqdm
 
-from litvit.errors import printable
-from litvit.runs.folder import LOG, SUMMARY, RunFolder, replace_file
+from litvit.errors import one_line, printable
+from litvit.runs.folder import LOG, PAGE, SUMMARY, RunFolder, replace_file
 from litvit.runs.loggers import Loggers
+from litvit.runs.page import run_page
 from litvit.runs.progress import Progress
+from litvit.runs.summary import add_row
 
 logger = logging.getLogger("litvit")
 
@@ -57,14 +58,14 @@ class Report:
 
     Args:
         folder: Folder of the run.
-        progress: Progress of the run. Rows of an older summary.csv of epochs to come are dropped.
+        progress: Progress of the run.
         total_steps: Number of optimizer steps of the whole run, for the time left.
         settings: Settings of the run by name, for loggers.
     """
 
     def __init__(self, folder: RunFolder, progress: Progress, total_steps: int, settings: dict[str, Any]):
         self.primary, self.progress, self.total_steps = folder.primary, progress, total_steps
-        self.summary, self.loggers = folder.path / SUMMARY, None
+        self.folder, self.loggers = folder.path, None
         self.hidden = not (self.primary and sys.stderr.isatty())
         self.start = self.last_line = time.monotonic()
         self.first_line = threading.Timer(NO_LINE, self._first_line)
@@ -72,9 +73,6 @@ class Report:
         if self.primary and self.hidden:
             self.first_line.start()
         if self.primary:
-            with self._logs_never_stop_a_run():
-                _count_from_one(self.summary)
-                trim_summary(str(self.summary), progress.epoch + 1)
             names, resumed = folder.config.logger, folder.config.resume is not None
             self.loggers = Loggers(names, folder.path, settings, progress.step, resumed)
         self.start_time, self.start_step = time.perf_counter(), None
@@ -83,8 +81,8 @@ class Report:
     def _logs_never_stop_a_run(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, csv.Error) as error:  # a full disk, or a file that something else has changed
-            logger.warning("cannot write logs: %s", error)
+        except Exception as error:  # of a full disk, a file that something else has changed, a reader of the user's
+            logger.warning("cannot write logs: %s; the run goes on", one_line(error))
 
     def _first_line(self) -> None:
         """Show that the run lives, in the place of a line that compilation, data or slow steps keep away."""
@@ -144,7 +142,7 @@ class Report:
             self.loggers.log(step, {"train/loss": loss, "train/lr": lr, "train/images_per_second": rate})
 
     def epoch(self, train: dict[str, float], val: dict[str, float], lr: float) -> None:
-        """Report an epoch that has been counted: a log line, a row of summary.csv, loggers.
+        """Report an epoch that has been counted: a log line, a row of summary.csv, loggers, the run's page.
 
         Args:
             train: Training metrics.
@@ -166,29 +164,30 @@ class Report:
         self.last_line = time.monotonic()
         self.loggers.log(self.progress.step, {f"val/{name}": value for name, value in val.items()})
         with self._logs_never_stop_a_run():
-            update_summary(epoch, train, val, str(self.summary), lr=lr)
+            named = {f"train_{name}": value for name, value in train.items()}
+            named |= {f"eval_{name}": value for name, value in val.items()}
+            add_row(self.folder / SUMMARY, {"epoch": epoch, **named, "lr": lr})
+        with self._logs_never_stop_a_run():
+            page = run_page(self.folder)
+            replace_file(self.folder / PAGE, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+    def show(self, name: str, describe: Callable[..., dict[str, Any]], *args: Any) -> None:
+        """Save what the run's page shows beside numbers.
+
+        Args:
+            name: Name of the file in the run's folder.
+            describe: Function that returns its content, of what JSON can hold.
+            args: Arguments of that function.
+        """
+        with self._logs_never_stop_a_run():
+            content = json.dumps(describe(*args))
+            replace_file(self.folder / name, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
     def close(self, status: int) -> None:
         """Write out what is left, with the exit status of the run."""
         self.first_line.cancel()
         if self.primary:
             self.loggers.close(status)
-
-
-def _count_from_one(summary: Path) -> None:
-    """Number the epochs of a summary.csv from 1, as the log does. Those of older runs began with 0."""
-    if not summary.exists():
-        return
-    with summary.open(newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    if not rows or header[:1] != ["epoch"] or rows[0][:1] != ["0"]:
-        return
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *([str(int(epoch) + 1), *row] for epoch, *row in filter(None, rows))])
-
-    replace_file(summary, write)
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """How the runs of a study are trained: one process per run, several side by side, each continued where it ended."""
 
 import contextlib
-import csv
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from litvit.processes import (
     StopSignals,
     available_cores,
 )
+from litvit.runs.summary import read_summary
 from litvit.studies.plan import Run, Study
 from litvit.training.config import Config
 
@@ -39,11 +39,10 @@ def read_epochs(run: Run) -> list[dict[str, float]]:
         InputError: The file is damaged.
     """
     try:
-        with open(run.summary, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = read_summary(run.summary)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {run.summary}: {error}; delete {run.path} to train the run again") from error
     for number, row in enumerate(rows, 1):
         for name in NEEDED:

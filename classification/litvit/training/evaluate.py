@@ -4,21 +4,46 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from torch import nn
+from torch import Tensor, nn
 
 from litvit.data.loader import Batch
 from litvit.errors import InputError
 from litvit.processes import Processes
-
-if TYPE_CHECKING:
-    from litvit.training.predictions import Predictions  # its torchmetrics takes a second that a training need not wait
+from litvit.training.predictions import Predictions
 
 logger = logging.getLogger("litvit")
 MAX_NAMED = 20  # images that an error names
+
+
+class SomeImages:
+    """Keeps some of the images that pass, at equal distances: neighbours are of one class.
+
+    Args:
+        total: Number of images that will pass, 0 if it is not known.
+    """
+
+    NUMBER = 32
+
+    def __init__(self, total: int):
+        self.every = max(1, total // self.NUMBER)
+        self._parts: list[Tensor] = []
+
+    @property
+    def images(self) -> Tensor:
+        """The images, at most NUMBER, (B, C, H, W)."""
+        return torch.cat(self._parts)[: self.NUMBER]
+
+    def keep(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches."""
+        passed = 0
+        for batch in batches:
+            if passed < self.NUMBER * self.every:
+                self._parts.append(batch.images[-passed % self.every :: self.every].clone())
+            passed += len(batch.images)
+            yield batch
 
 
 def evaluate(
@@ -27,7 +52,7 @@ def evaluate(
     processes: Processes,
     autocast: Callable[[], AbstractContextManager],
     *,
-    predictions: "Predictions | None" = None,
+    predictions: Predictions | None = None,
     iterate: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
 ) -> dict[str, float]:
     """Evaluate a classifier in eval mode, and restore its mode.

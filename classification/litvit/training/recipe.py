@@ -250,6 +250,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     if path is None and model and (path := _recipe_of(model)):
         recipe = load_recipe(path, parser) | known  # for the published images, and not those of the weights
     parser.set_defaults(**recipe)
+    of_recipe = {action.dest: action.default for action in reversed(parser._actions)}
     given = _given(parser, argv)
     if "epochs" in given and "cooldown_epochs" not in given:
         parser.set_defaults(cooldown_epochs=0)  # the recipe's comes after the recipe's own epochs
@@ -261,5 +262,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     model_name(settings.model)
     if settings.fit_to_data and settings.resume in (None, "auto"):
         settings = _fit(parser, argv, settings, recipe | given)
+    changed = (name for name, value in of_recipe.items() if getattr(settings, name, value) != value)
+    settings.changed = sorted(set(changed) - set(ONLY_ON_THE_COMMAND_LINE))
     settings.model_kwargs = dict(settings.model_kwargs)
     return Config.from_flat(vars(settings))

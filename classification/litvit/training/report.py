@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -15,49 +14,12 @@ from torch import Tensor
 from litvit.data.contact_sheet import BLACK, GREY, PER_SHEET, RED, contact_sheet, shrink
 from litvit.errors import InputError
 from litvit.runs.folder import replace_file
-from litvit.training.predictions import Predicted
+from litvit.training.predictions import COLUMNS, Predicted, Row, per_class
 
 PREDICTIONS, PER_CLASS, CONFUSION, MISTAKES, RESULT = (
     *("predictions.csv", "per_class.csv", "confusion", "mistakes.png", "result.json"),
 )
 MAX_NAMED_IN_PLOT, MAX_NUMBERS_IN_PLOT = 60, 25  # classes
-COLUMNS = ("class", "images", "top1", "top5", "precision", "mistaken_for", "times")
-Row = dict[str, str | int | float | None]
-
-
-def per_class(predicted: Predicted, classes: Sequence[str]) -> list[Row]:
-    """Return one row per class, in the order of the classes.
-
-    Args:
-        predicted: Predictions.
-        classes: Names of the classes.
-
-    Returns:
-        Rows of COLUMNS: number of its images, their top-1 and top-5 accuracy in percent, precision in percent (the
-        share of its own among the images that are taken for it), the class that its images are most often mistaken for,
-        and how often. None where there are no images to count.
-    """
-    confusion = predicted.confusion(len(classes))
-    among_5 = (predicted.classes[:, :5] == predicted.target.unsqueeze(1)).any(1)
-    top5 = torch.bincount(predicted.target[among_5], minlength=len(classes)).tolist()
-    right, images, taken = confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
-    times, other = confusion.fill_diagonal_(0).max(1)
-    return [
-        {
-            "class": name,
-            "images": images[i],
-            "top1": _percent(right[i], images[i]),
-            "top5": _percent(top5[i], images[i]),
-            "precision": _percent(right[i], taken[i]),
-            "mistaken_for": classes[other[i]] if times[i] else None,
-            "times": int(times[i]) or None,
-        }
-        for i, name in enumerate(classes)
-    ]
-
-
-def _percent(part: int, whole: int) -> float | None:
-    return round(100 * part / whole, 2) if whole else None
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str], width: int = 40, digits: int = 1) -> str:

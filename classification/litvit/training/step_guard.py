@@ -39,6 +39,9 @@ class StepGuard:
         scaler: Loss scaling, None for none.
         clip_grad: Largest norm of the gradients, None for any.
         device: Device of the model.
+
+    Attributes:
+        norm_sum: Sum of the norms of the gradients of this epoch's steps, before clipping, on the device.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class StepGuard:
     ):
         self.task, self.optimizer, self.scaler, self.clip_grad = task, optimizer, scaler, clip_grad
         self.bad_in_a_row, self.bad_steps = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.norm_sum = torch.zeros((), device=device)
         self._buffers: list[Tensor] = []
         self._buffers_before: list[Tensor] = []
 
@@ -97,6 +101,7 @@ class StepGuard:
         for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
             torch.where(bad.bool(), before, buffer, out=buffer)
         self._buffers_before = []
+        self.norm_sum += torch.where(bad.bool(), 0.0, norm)
         self.bad_steps += bad
         self.bad_in_a_row = (self.bad_in_a_row + bad) * bad
         return torch.where(bad.bool(), 0.0, loss)
@@ -109,8 +114,8 @@ class StepGuard:
         return in_a_row >= MAX_BAD_IN_A_ROW
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts of steps that were left out, and the loss scaling."""
-        state = {"bad": [self.bad_in_a_row.item(), self.bad_steps.item()]}
+        """Return the counts of steps that were left out, the sum of norms, and the loss scaling."""
+        state = {"bad": [self.bad_in_a_row.item(), self.bad_steps.item()], "norm_sum": self.norm_sum.item()}
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         return state
@@ -121,3 +126,4 @@ class StepGuard:
             self.scaler.load_state_dict(state["scaler"])
         for tensor, number in zip((self.bad_in_a_row, self.bad_steps), state["bad"], strict=True):
             tensor.fill_(number)
+        self.norm_sum.fill_(state.get("norm_sum", torch.nan))  # nan: a run of before it was counted

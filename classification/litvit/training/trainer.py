@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,24 +17,29 @@ from timm.layers import to_2tuple
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import distribute_bn, get_state_dict, unwrap_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from litvit.data.loader import Batch, DevicePrefetcher, StreamedBatches
 from litvit.data.random_streams import Stream, seed_everything
 from litvit.data.readers import check_class_numbers
 from litvit.data.streams import ImageStream
 from litvit.data.workers import NoBatch
-from litvit.errors import InputError
+from litvit.dtm import DeformableTokenMerging
+from litvit.dtm.offsets import mean_lengths, predict_offsets
+from litvit.errors import InputError, one_line
 from litvit.memory import peak_memory_mib
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, Interrupted, Processes
 from litvit.runs.best_weights import BestWeights, are_finite
 from litvit.runs.environment import describe_start
-from litvit.runs.folder import LOCATION_SETTINGS, RunFolder, check_same_run
+from litvit.runs.folder import BEST_VALIDATION, FIRST_BATCH, LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
 from litvit.training.config import Config
-from litvit.training.evaluate import evaluate
+from litvit.training.evaluate import SomeImages, evaluate
 from litvit.training.model import keep_frozen, pretrained_source
+from litvit.training.phases import PhaseClock
+from litvit.training.predictions import Predicted, Predictions
+from litvit.training.showing import describe_batch, describe_validation
 from litvit.training.step_guard import Diverged, StepGuard, advice
 
 logger = logging.getLogger("litvit")
@@ -83,6 +89,8 @@ class Trainer:
         sizes = self.steps_per_epoch, self.total_batch
         self.saver = Saver(self.folder, self.processes, self.progress, *sizes, self.sound_state)
         self.best = BestWeights(self.folder, self.progress)
+        self.clock = PhaseClock(self.processes.device)
+        self.on_first_batch: Callable[[Tensor, Tensor], None] | None = None
         self.saved = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +195,9 @@ class Trainer:
             log_start(self)
             if primary:
                 start = {"step": self.progress.step, **describe_start(self.processes.device, self.processes.world_size)}
+                changed = [name for name in self._settings() if name in self.config.run.changed]
+                start |= {"data_dir": self.config.data.data_dir, "recipe": self.config.run.config}
+                start["changed_settings"] = changed
                 self.folder.record_start(start)
             status = self._train()
         else:  # nothing is left to train, and nothing is written
@@ -205,6 +216,8 @@ class Trainer:
         """Train the epochs that are left. Returns the exit status."""
         report = Report(self.folder, self.progress, self.epochs * self.steps_per_epoch, self._settings())
         status = 1  # of an exception
+        if self.processes.primary and self.progress.step == 0:
+            self.on_first_batch = partial(self._show_batch, report)
         try:
             with self.saver.signals:
                 while self.progress.epoch < self.epochs and not self.out_of_patience():
@@ -226,15 +239,19 @@ class Trainer:
         """Train the rest of an epoch, validate, save, report."""
         speed = self.train_epoch(report)
         lr, progress = self.lr, self.progress
-        metrics = self.validate()
+        metrics, predicted = self.validate()
         loss = self.processes.mean(progress.loss_sum).item() / progress.steps_in_epoch
+        grad_norm = self.guard.norm_sum.item() / progress.steps_in_epoch
         progress.end_epoch()
         self._set_learning_rate()
         if self.processes.primary:
             weights = get_state_dict(self.task.get_eval_model(ema=self.task.has_ema()), unwrap_model)
             self.best.offer(weights, metrics, self.description)
+            if progress.best_epoch == progress.epoch:
+                report.show(BEST_VALIDATION, self._describe_best, metrics["top1"], predicted)
         memory = peak_memory_mib(self.processes.device)
-        train_metrics = {"loss": loss, "images_per_second": speed, "memory_mib": memory}
+        train_metrics = {"loss": loss, "images_per_second": speed, "memory_mib": memory, "grad_norm": grad_norm}
+        train_metrics |= {f"seconds_{phase}": seconds for phase, seconds in self.clock.seconds.items()}
         report.epoch(train_metrics, metrics, lr)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
 
@@ -262,6 +279,8 @@ class Trainer:
         """
         progress, log_interval = self.progress, self.config.run.log_interval
         self.task.train()
+        if progress.steps_in_epoch == 0:
+            self.guard.norm_sum.zero_()
         if self.config.model.freeze is not None:
             keep_frozen(self.task.get_trainable_module())
         self.train_batches.set_epoch(progress.epoch, progress.steps_in_epoch)
@@ -274,9 +293,11 @@ class Trainer:
         start = reported_time = time.perf_counter()
         step_loss = torch.zeros_like(progress.loss_sum)
         batches = self._agreed(self.train_batches) if first < self.steps_per_epoch else ()
+        self.clock.begin()
         for index, batch in enumerate(batches, first * self.accum_steps):
             if progress.steps_in_epoch == self.steps_per_epoch:
                 break  # the last, incomplete step of a stream
+            self.clock.mark("data")
             done = progress.steps_in_epoch
             if done > reported and report.late():  # without the others: it waits for nothing, and resets nothing
                 loss = (progress.loss_sum - reported_loss).item() / (done - reported)
@@ -294,10 +315,12 @@ class Trainer:
             progress.step += 1
             self.task.update_ema(progress.step)
             self.scheduler.step_update(progress.step)
+            self.clock.mark("step")
             bar.update()
             done = progress.steps_in_epoch
             if done % log_interval == 0 or done == self.steps_per_epoch:
                 loss = self.processes.mean(progress.loss_sum - reported_loss).item() / (done - reported)
+                self.clock.read()  # the loss was waited for
                 now = time.perf_counter()
                 images_seen = (done - reported) * self.total_batch
                 report.train(bar, loss, self.lr, images_seen, now - reported_time)
@@ -317,10 +340,15 @@ class Trainer:
         images, target = batch.images, batch.target
         if self.mixup is not None:
             images, target = self.mixup(images, target)
+        if self.on_first_batch is not None:
+            self.on_first_batch(images, target)
+            self.on_first_batch = None
         with contextlib.nullcontext() if last_of_step else self.task.no_sync():
             with self.autocast():
                 loss = self.task(images, target)["loss"] / self.accum_steps
+            self.clock.mark("forward")
             self.guard.backward(loss)
+            self.clock.mark("backward")
         return loss.detach()
 
     def _agreed(self, batches: Iterable[Batch], training: bool = True, alike: bool = True) -> Iterator[Batch]:
@@ -347,8 +375,11 @@ class Trainer:
                 return
             yield batch
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> tuple[dict[str, float], Predicted]:
         """Validate the model, or the average of its weights if there is one.
+
+        Returns:
+            Metrics, and the predictions of all processes.
 
         Raises:
             InputError: images that cannot be read. The run is saved.
@@ -365,14 +396,54 @@ class Trainer:
         # Streams may differ in length between processes.
         alike = not (distributed and isinstance(self.val_batches.dataset, ImageStream))
         agreed = partial(self._agreed, training=False, alike=alike)
+        predictions, some = Predictions(), SomeImages(len(self.val_batches.dataset) // self.processes.world_size)
         try:
-            metrics = evaluate(model, self.val_batches, self.processes, self.autocast, iterate=agreed)
+            metrics = evaluate(
+                model,
+                self.val_batches,
+                self.processes,
+                self.autocast,
+                predictions=predictions,
+                iterate=lambda batches: some.keep(agreed(batches)),
+            )
         except InputError:
             if self.saver.last_step < self.progress.step:
                 self.saver.save()  # the epoch is trained, and continues with its validation
             raise
-        del metrics["images"]  # the same in every epoch
-        return metrics
+        metrics["seconds"] = metrics.pop("images") / metrics["images_per_second"]  # as many images in every epoch
+        if self.processes.primary:
+            metrics |= self._offset_lengths(unwrap_model(model), some)
+        return metrics, predictions.gather(self.processes)
+
+    def _offset_lengths(self, model: nn.Module, some: SomeImages) -> dict[str, float]:
+        """Return the mean length of the offsets of each merging module in pixels, nothing for a model without."""
+        merges = any(isinstance(module, DeformableTokenMerging) for module in model.modules())
+        if not merges or not hasattr(model, "forward_intermediates"):
+            return {}
+        try:
+            with torch.inference_mode(), self.autocast():
+                lengths = mean_lengths(predict_offsets(model, some.images))
+        except Exception as error:  # of a model of the user's: a number of the log is no reason to end a run
+            logger.warning("the offsets of token merging cannot be measured: %s", one_line(error))
+            return {}
+        return {f"offset_px_{number}": length for number, length in enumerate(lengths, 1)}
+
+    def _show_batch(self, report: Report, images: Tensor, target: Tensor) -> None:
+        """Save pictures of a training batch for the run's page."""
+        about = self.description
+        report.show(FIRST_BATCH, describe_batch, images, target, about["mean"], about["std"], about["classes"])
+
+    def _describe_best(self, top1: float, predicted: Predicted) -> dict[str, Any]:
+        """Describe the validation of the epoch that was counted last for the run's page."""
+        images = getattr(self.val_batches.dataset, "images", None)  # a stream cannot open one again
+        return describe_validation(
+            self.progress.epoch,
+            top1,
+            predicted,
+            self.description["classes"] or list(map(str, range(self.description["num_classes"]))),
+            None if images is None else lambda index: Path(images.name(index)).name,
+            None if images is None else lambda index: images.decoder(images.open(index)[0]),
+        )
 
 
 def log_start(trainer: Trainer) -> None:

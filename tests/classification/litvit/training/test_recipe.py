@@ -112,7 +112,7 @@ def test_old_names_of_mixed_precision(flag):
 
 def test_a_model_without_recipe_gets_the_defaults_of_the_flags():
     config = parse_config(["data", "--model", "resnet18"])
-    assert config.flat() == Config(DataConfig("data"), ModelConfig("resnet18")).flat()
+    assert config.flat() == Config(DataConfig("data"), ModelConfig("resnet18")).flat() | {"changed": ["model"]}
     assert (config.run.config, config.optim.epochs, config.augment.mixup) == (None, 300, 0.0)
 
 
@@ -311,3 +311,9 @@ def test_numbers_that_no_run_can_have(tmp_path, line):
     (tmp_path / "own.yaml").write_text(f"model: lit_ti\n{line}\n")
     with pytest.raises(InputError, match=f"--{line.split(':')[0].replace('_', '-')} "):
         parse_config(["data", "--config", str(tmp_path / "own.yaml")])
+
+
+def test_settings_that_differ_from_the_recipe_are_known():
+    assert parse_config(["data", "--config", "demo"]).run.changed == []
+    config = parse_config(["data", "--config", "demo", "--lr", "2e-3", "--epochs", "4", "--img-size", "32", "-j", "0"])
+    assert config.run.changed == ["img_size", "lr", "workers"]

@@ -1,0 +1,217 @@
+"""litvit report: the page of a run, made by the run itself and again, and the page that compares runs."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from litvit.commands import report
+from litvit.errors import InputError
+
+PANELS = (
+    *("Loss", "Accuracy", "Learning rate", "Gradient norm", "Speed", "Peak memory"),
+    *("How far token merging looks", "Where the time goes"),
+)
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A page's headings, texts and tables; every element must be closed."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.texts, self.tags, self.sources = [], [], [], []
+        self.html = path.read_text(encoding="ascii")
+        self.feed(self.html)
+        assert self.open == []
+        for svg in re.findall("<svg.*?</svg>", self.html, re.DOTALL):
+            ElementTree.fromstring(svg)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag):
+        return [text.strip() for name, text in self.texts if name == tag]
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+    """A function that makes a copy of what a run's page is made of, under another name."""
+
+    def make(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in undisturbed.iterdir():
+            if file.suffix in (".csv", ".yaml", ".json", ".html"):
+                shutil.copy(file, folder)
+        return folder
+
+    return make
+
+
+def test_a_run_leaves_a_page_of_its_own(undisturbed):
+    page = Page(undisturbed / "report.html")
+    headings = page.all("h3")
+    assert [name for name in PANELS if name in headings] == list(PANELS)
+    assert {"Confusion matrix", "Classes", "Most confident mistakes"} <= set(headings)
+    assert {"What the model gets", "Settings", "Starts", "All numbers"} <= set(page.all("h2"))
+    assert "2 of 2 epochs" in page.html
+    assert all(source.startswith("data:") for source in page.sources)
+    assert "script" not in page.tags
+    with open(undisturbed / "summary.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert any(f"top-1: {float(row['eval_top1']):.4g} %" in text for text in page.all("title"))
+    seconds = [float(value) for name, value in row.items() if name.startswith("train_seconds_")]
+    assert 0 < sum(seconds) <= 80 / float(row["train_images_per_second"]) * 1.001
+    assert float(row["train_grad_norm"]) > 0
+    assert float(row["eval_offset_px_1"]) > 0
+
+
+def test_the_first_batch_and_the_best_validation(undisturbed):
+    batch = json.loads((undisturbed / "first_batch.json").read_text())
+    assert batch["size"] == [32, 32]
+    assert len(batch["images"]) == 20
+    labels = [image["labels"] for image in batch["images"]]
+    assert all(name in "0123456789" for image in labels for name, _ in image)
+    assert any(len(image) == 2 for image in labels)  # mixup
+    best = json.loads((undisturbed / "best_validation.json").read_text())
+    assert sum(map(sum, best["confusion"])) == best["images"] == 40
+    assert sum(line[number] for number, line in enumerate(best["confusion"])) == round(best["top1"] * 0.4)
+    assert len(best["mistakes"]) == min(24, 40 - round(best["top1"] * 0.4))
+    assert all(mistake["class"] != mistake["predicted"] for mistake in best["mistakes"])
+
+
+def test_of_two_processes(undisturbed_pair):
+    best = json.loads((undisturbed_pair / "best_validation.json").read_text())
+    assert [sum(line) for line in best["confusion"]] == [4] * 10
+    assert "Most confident mistakes" in Page(undisturbed_pair / "report.html").all("h3")
+
+
+def test_the_page_of_a_run_is_made_again(undisturbed, copy, capsys):
+    run = copy(undisturbed.name)
+    old = (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    assert report.main([str(run)]) == 0
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().out
+    new = (run / "report.html").read_text()
+    assert new.partition("Written on")[0] == old.partition("Written on")[0]
+
+
+def test_a_run_of_an_older_version(copy):
+    run = copy("old")
+    for name in ("first_batch.json", "best_validation.json", "starts.yaml", "report.html"):
+        (run / name).unlink()
+    (run / "summary.csv").write_text(
+        "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\r\n0,2,2,10,50,1\r\n1,1,2,20,60,nan\r\n"
+    )
+    assert report.main([str(run), "--output", str(run / "page.html")]) == 0
+    page = Page(run / "page.html")
+    assert set(page.all("h3")) & set(PANELS) == {"Loss", "Accuracy", "Learning rate"}
+    assert "20.00 (epoch 2)" in page.html
+    assert "What the model gets" not in page.html
+
+
+def test_a_run_without_an_epoch(copy):
+    run = copy("new")
+    (run / "summary.csv").unlink()
+    assert report.main([str(run)]) == 0
+    assert "No epoch is trained yet." in (run / "report.html").read_text()
+
+
+def test_runs_are_compared(copy, tmp_path, monkeypatch, capsys):
+    first, second = copy("first"), copy("second")
+    settings = yaml.safe_load((second / "settings.yaml").read_text())
+    (second / "settings.yaml").write_text(yaml.safe_dump(settings | {"lr": 0.5, "imports": ["a<b"]}))
+    (second / "summary.csv").write_text("epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n1,2,2,99,100,1\n")
+    monkeypatch.chdir(tmp_path)
+    assert report.main([str(first), str(second)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^best top-1 % .* 99.00 \(epoch 1\)$", out, re.MULTILINE)
+    assert re.search(r"^lr +0.002 +0.5$", out, re.MULTILINE)
+    assert "report: comparison.html" in out
+    differing = out.partition("what differs:\n")[2]
+    assert "\nseed" not in differing
+    page = Page(tmp_path / "comparison.html")
+    assert {"lr", "imports", "epochs", "best top-1 %"} <= set(page.all("th"))
+    assert "a&lt;b" in page.html
+    assert {"Accuracy: top-1", "Loss: validation", "Gradient norm", "Learning rate"} <= set(page.all("h3"))
+
+
+def test_runs_of_one_name_are_told_apart(copy, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    one, two = copy("run"), copy("a/run")
+    assert report.main([str(one), str(two), "--output", str(tmp_path / "page.html")]) == 0
+    assert str(two) in Page(tmp_path / "page.html").all("th")
+
+
+def test_all_text_stays_text(copy):
+    evil = "<script>alert(1)</script>\udcff&"
+    run = copy("text")
+    best = json.loads((run / "best_validation.json").read_text())
+    best["classes"][0] = best["per_class"][0]["class"] = best["mistakes"][0]["name"] = evil
+    (run / "best_validation.json").write_text(json.dumps(best))
+    batch = json.loads((run / "first_batch.json").read_text())
+    batch["images"][0]["labels"] = [[evil, 1.0]]
+    (run / "first_batch.json").write_text(json.dumps(batch))
+    (run / "settings.yaml").write_text(yaml.safe_dump({"model": "<b>$body", "<i>": {"<u>": ["<s>"]}}))
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert {"script", "b", "i", "u", "s"} & set(page.tags) == {"b"}  # the figures' own
+    assert page.html.count("&lt;script&gt;") >= 4
+    assert "&lt;b&gt;$body" in page.html
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.csv", b"\xff\xfe"),
+        ("settings.yaml", b"- 1"),
+        ("settings.yaml", b"a: ["),
+        ("starts.yaml", b"\xff"),
+        ("starts.yaml", b"- text"),
+        ("first_batch.json", b"{"),
+        ("first_batch.json", b'{"images": [{"picture": "http://x", "labels": [["a", 1]]}]}'),
+        ("best_validation.json", b'{"confusion": 3}'),
+        (
+            "best_validation.json",
+            b'{"epoch": 1, "top1": 1, "images": 1, "classes": ["a"], "confusion": [[1, 2], [3, 4]]}',
+        ),
+    ],
+)
+def test_a_damaged_file_is_left_out(copy, name, content):
+    run = copy("damaged")
+    (run / name).write_bytes(content)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert f"{name} cannot be read, and its part is left out" in page.html
+    assert "http:" not in page.html
+    assert "Settings" in page.html or name == "settings.yaml"
+
+
+def test_wrong_input_is_one_line(copy, tmp_path):
+    run = copy("run")
+    with pytest.raises(InputError, match="none holds no run of litvit train"):
+        report.main([str(run), str(tmp_path / "none")])
+    with pytest.raises(InputError, match=r"run/\.\./run is named twice"):
+        report.main([str(run), str(run / "../run")])
+    with pytest.raises(InputError, match=r"--output .* is a folder: name a file"):
+        report.main([str(run), "--output", str(tmp_path)])
+    with pytest.raises(InputError, match="cannot write .*page.html: No such file"):
+        report.main([str(run), "--output", str(tmp_path / "none/page.html")])
