@@ -25,7 +25,7 @@ class SomeImages:
         total: Number of images that will pass, 0 if it is not known.
     """
 
-    NUMBER = 32
+    NUMBER = 8
 
     def __init__(self, total: int):
         self.every = max(1, total // self.NUMBER)
