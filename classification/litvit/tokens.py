@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litvit.errors import InputError
 from litvit.functorch_support import transforms_are_active
 from litvit.graphs import are_static, is_exporting
 
@@ -22,8 +23,16 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return function(x)
     if type(x) is not Tensor or x.device.type != "cpu":  # what torch.fx and FakeTensorMode pass is of another type
         return function(x)
-    images = max(1, PART * torch.get_num_threads() // (x.shape[1] * x.shape[2]))
+    if torch._C._len_torch_dispatch_stack():  # make_fx and the like, whose graphs would be for this number of images
+        return function(x)
+    images = PART * torch.get_num_threads() // max(1, x.shape[1] * x.shape[2]) or 1
     return function(x) if images >= len(x) else torch.cat([function(part) for part in x.split(images)])
+
+
+def check_tokens(x: Tensor, dim: int) -> None:
+    """Raise InputError if x is not tokens (B, H, W, dim)."""
+    if x.dim() != 4 or x.shape[3] != dim:
+        raise InputError(f"x must be tokens (B, H, W, {dim}), got shape {tuple(x.shape)}")
 
 
 def pad_tokens(x: Tensor, multiple: int) -> Tensor:

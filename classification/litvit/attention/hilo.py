@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from litvit.attention.product import attend
 from litvit.errors import InputError
-from litvit.tokens import crop_tokens, pad_tokens
+from litvit.tokens import check_tokens, crop_tokens, pad_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on sizes.
-torch.fx.wrap("_check_tokens")
+torch.fx.wrap("check_tokens")
 torch.fx.wrap("crop_tokens")
 torch.fx.wrap("pad_tokens")
 
@@ -59,15 +59,15 @@ class HiLo(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise InputError(f"num_heads must be 1 or more and divide dim, {dim}, got {num_heads}")
-        if window_size < 1 or window_size != int(window_size):
+        if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
+            raise InputError(f"num_heads must be a whole number from 1 that divides dim, {dim}, got {num_heads}")
+        if not isinstance(window_size, int) or window_size < 1:
             raise InputError(f"window_size must be a whole number from 1, got {window_size}")
-        if not 0 <= alpha <= 1:
-            raise InputError(f"alpha must be from 0 to 1, got {alpha}")
+        if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+            raise InputError(f"alpha must be a number from 0 to 1, got {alpha}")
         dd = {"device": device, "dtype": dtype}
         self.dim = dim
-        self.window_size = int(window_size)
+        self.window_size = window_size
         self.head_dim = dim // num_heads
         self.low_heads = num_heads if self.window_size == 1 else int(num_heads * alpha)
         self.high_heads = num_heads - self.low_heads
@@ -89,7 +89,7 @@ class HiLo(nn.Module):
         Raises:
             InputError: x has another shape.
         """
-        _check_tokens(x, self.dim)
+        check_tokens(x, self.dim)
         padded = x if self.window_size == 1 else pad_tokens(x, self.window_size)
         parts = []
         if self.high_heads:
@@ -105,7 +105,9 @@ class HiLo(nn.Module):
         h, w = H // s, W // s
         qkv = self.h_qkv(x).view(B, h, s, w, s, 3 * heads * d).transpose(2, 3)
         q, k, v = qkv.reshape(B * h * w, s * s, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(q, k, v, None, self.attn_drop, self.fused_attn).transpose(1, 2)
+        # CUDA's fused kernels take batches of fewer than 2^16. Written out, the scores of a window are few.
+        fused = self.fused_attn and not (x.is_cuda and B * h * w * heads >= 2**16)
+        x = attend(q, k, v, None, self.attn_drop, fused).transpose(1, 2)
         x = x.reshape(B, h, w, s, s, heads * d).transpose(2, 3).reshape(B, H, W, heads * d)
         return crop_tokens(self.h_proj(x), size)
 
@@ -119,8 +121,3 @@ class HiLo(nn.Module):
         k, v = self.l_kv(padded).flatten(1, 2).unflatten(-1, (2, heads, d)).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v, None, self.attn_drop, self.fused_attn)
         return self.l_proj(x.transpose(1, 2).reshape(B, H, W, heads * d))
-
-
-def _check_tokens(x: Tensor, dim: int) -> None:
-    if x.dim() != 4 or x.shape[3] != dim:
-        raise InputError(f"x must be tokens (B, H, W, {dim}), got shape {tuple(x.shape)}")

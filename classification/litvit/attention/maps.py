@@ -332,7 +332,9 @@ def _find_layout(name: str, shape: torch.Size, model: nn.Module, size: tuple[int
     grids = {_divide(size, stride): stride for stride in reversed(sorted(strides) or range(1, min(size) + 1))}
     attention, block = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(attention, HiLo) and n == m == (s := attention.window_size) ** 2 > 1:  # Hi-Fi
-        for grid, stride in reversed(grids.items()):
+        # Several maps may have as many windows: the stage's own map comes first.
+        own = strides[_place(name)[0] - 1 : _place(name)[0]]
+        for grid, stride in sorted(grids.items(), key=lambda item: item[1] not in own):
             windows = _window_tokens(grid, (s, s), (0, 0))
             if len(windows) == groups:
                 return Layout(grid, grid, stride, windows=windows)

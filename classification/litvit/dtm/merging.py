@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from litvit.dtm.deform_conv import deform_conv_tokens, sample_map
+from litvit.tokens import check_tokens
 
 # Leaves of torch.fx's traces: their Python code depends on shapes, types and devices.
 torch.fx.wrap("_check_tokens")
@@ -88,8 +89,7 @@ class DeformableTokenMerging(nn.Module):
 
 
 def _check_tokens(x: Tensor, in_dim: int) -> None:
-    if x.dim() != 4 or x.shape[3] != in_dim:
-        raise ValueError(f"x must be tokens (B, H, W, {in_dim}), got shape {tuple(x.shape)}")
+    check_tokens(x, in_dim)
     if x.shape[1] < 2 or x.shape[2] < 2:
         raise ValueError(f"the map must have 2 x 2 tokens or more, got {x.shape[1]} x {x.shape[2]}")
 

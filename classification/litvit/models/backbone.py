@@ -127,7 +127,7 @@ class Backbone(nn.Module, ABC):
         return part == "stages" and int(rest.partition(".")[0]) >= len(self.stages)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Record another image size where timm looks for it, in `save_for_hf` and `resolve_input_data_config`.
+        """Record another image size where timm looks for it, as in `save_for_hf`.
 
         Args:
             img_size: Image size in pixels, an int or (H, W).
@@ -296,8 +296,16 @@ class Backbone(nn.Module, ABC):
         return maps if intermediates_only else (x, maps)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the tokens after the last norm, (B, H/32, W/32, C), from images, (B, in_chans, H, W)."""
-        return self.norm(self.stages(self._stem(x)))
+        """Compute the tokens after the last norm from images, (B, in_chans, H, W).
+
+        Returns:
+            Tokens, (B, H/32, W/32, C), or with a class token, which comes first, (B, 1 + N, C).
+        """
+        x = self._stem(x)
+        for stage in self.stages[:-1]:
+            x = stage(x)
+        last = self.stages[-1](x)
+        return self.norm(last if self.cls_token is None else self._join_class_token(last, x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the tokens of `forward_features` and classify them.
@@ -380,8 +388,9 @@ class ConvMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A forward hook has to see all images at once.
-        return in_parts(self._apply_to, x) if all(map(need_not_be_called, self.children())) else self._apply_to(x)
+        # Hooks, and layers in the place of these (adapters, norms), have to see all images at once.
+        plain = all(type(m) in (nn.Linear, nn.Conv2d, nn.Dropout) and need_not_be_called(m) for m in self.children())
+        return in_parts(self._apply_to, x) if plain and not self.training else self._apply_to(x)
 
     def _apply_to(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(F.gelu(conv_tokens(self.conv, self.fc1(x))))))

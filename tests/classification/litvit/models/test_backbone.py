@@ -11,6 +11,7 @@ from torch import nn
 
 import litvit  # noqa: F401 (registers the models)
 from litvit.errors import InputError
+from litvit.models import Backbone
 
 SMALL = {
     "lit_ti": {"dims": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (0, 0, 2, 4)},
@@ -34,6 +35,15 @@ def test_stochastic_depth_alone_draws_for_images():
         dropped = (model.stages[0](x) == x).all(-1).flatten(1).double().mean(1)
     assert (sure != x).any(-1).all()
     assert sorted(set(dropped.tolist())) == [0, 1]
+
+
+@torch.no_grad()
+def test_a_class_token_joins_without_code_of_the_subclass():
+    model = timm.create_model("lit_ti", img_size=64, num_classes=5, **SMALL["lit_ti"]).eval()
+    x = torch.randn(2, 3, 64, 64)
+    tokens = Backbone.forward_features(model, x)
+    assert tokens.shape == (2, 5, 64)
+    torch.testing.assert_close(tokens, model.forward_features(x))
 
 
 def test_batches_of_any_number():
