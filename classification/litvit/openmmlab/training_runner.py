@@ -27,6 +27,7 @@ from litvit.openmmlab.checkpoints import (
     read_meta,
 )
 from litvit.openmmlab.loops import ExactEpochs, ExactIterations, ExactValidation, make_exact
+from litvit.openmmlab.page_hook import PageHook
 from litvit.openmmlab.runner import CheckedRunner, complete_own_data
 from litvit.openmmlab.step_guard import GuardedSteps, guard_steps
 from litvit.processes import LAUNCHER, is_primary
@@ -251,6 +252,10 @@ class TrainingRunner(ResumableRunner):
         built = super().build_optim_wrapper(optim_wrapper)
         self._guarded = guard_steps(built)
         return built
+
+    def register_hooks(self, *args, **kwargs) -> None:
+        super().register_hooks(*args, **kwargs)
+        self.register_hook(PageHook(), "LOWEST")  # after the logs that it reads
 
     def register_hook(self, hook: Any, priority: Any = None) -> None:
         super().register_hook(hook, priority)

@@ -95,6 +95,17 @@ ON_GPU = (
 )
 
 
+class Curve(NamedTuple):
+    """A curve of one run, and how `litvit.runs.panels.curves` draws it."""
+
+    title: str
+    unit: str
+    values: dict[int, float]
+    from_zero: bool = False
+    axis: str = "epoch"
+    every: bool = True
+
+
 @dataclass
 class Run:
     """A run as its files describe it. What is missing is empty.
@@ -123,6 +134,47 @@ class Run:
         """Return the values of a column by epoch."""
         return {int(row["epoch"]): row[column] for row in self.rows if column in row}
 
+    def curves(self) -> Iterator["Curve"]:
+        """Yield the curves by which runs are compared."""
+        for panel in (*PANELS, TIMES):
+            for column, name in panel.columns.items():
+                title = panel.title if len(panel.columns) == 1 else f"{panel.title}: {name}"
+                yield Curve(title, panel.unit, self.values(column), panel.from_zero)
+
+    def progress(self) -> str:
+        """Return how far the run is."""
+        trained = int(self.rows[-1]["epoch"]) if self.rows else 0
+        with contextlib.suppress(TypeError, KeyError):
+            return f"{trained} of {self.settings['epochs'] + self.settings.get('cooldown_epochs', 0)} epochs"
+        return f"{trained} epochs"
+
+    def results(self) -> dict[str, str]:
+        """Return what came out: texts by what they are. What its files do not tell is left out."""
+        found, rows = {}, self.rows
+        top1 = {epoch: value for epoch, value in self.values("eval_top1").items() if math.isfinite(value)}
+        if top1:
+            best = max(top1, key=top1.get)
+            found["best top-1 %"] = f"{top1[best]:.2f} (epoch {best})"
+        last = rows[-1] if rows else {}
+        for column, name, digits in (
+            ("eval_top1", "last top-1 %", 2),
+            ("eval_top5", "last top-5 %", 2),
+            ("train_loss", "training loss, last", 4),
+            ("eval_loss", "validation loss, last", 4),
+        ):
+            if column in last:
+                found[name] = f"{last[column]:.{digits}f}"
+        speeds = list(self.values("train_images_per_second").values())
+        if speeds:
+            found["training images/s, mean"] = number(sum(speeds) / len(speeds))
+        memory = self.values("train_memory_mib")
+        if memory:
+            found["peak memory MiB"] = number(max(memory.values()))
+        seconds = self.values(ALL_SECONDS)
+        if seconds:
+            found["time of all epochs"] = duration(sum(seconds.values()))
+        return found
+
     @contextlib.contextmanager
     def part_of(self, name: str) -> Iterator[None]:
         """Leave out what a damaged file would have given, and note it."""
@@ -150,17 +202,17 @@ def read_run(folder: Path) -> Run:
         if seconds:
             row[ALL_SECONDS] = sum(seconds)
     with run.part_of(SETTINGS):
-        run.settings = _of_type(dict, yaml.load((folder / SETTINGS).read_bytes(), LOADER))
+        run.settings = of_type(dict, yaml.load((folder / SETTINGS).read_bytes(), LOADER))
     with run.part_of(STARTS):
-        starts = _of_type(list, yaml.load((folder / STARTS).read_bytes(), LOADER))
-        run.starts = [_of_type(dict, start) for start in starts]
+        starts = of_type(list, yaml.load((folder / STARTS).read_bytes(), LOADER))
+        run.starts = [of_type(dict, start) for start in starts]
     for name, attribute in ((FIRST_BATCH, "first_batch"), (BEST_VALIDATION, "best")):
         with run.part_of(name):
-            setattr(run, attribute, _of_type(dict, json.loads((folder / name).read_bytes())))
+            setattr(run, attribute, of_type(dict, json.loads((folder / name).read_bytes())))
     return run
 
 
-def _of_type(kind: type, content: Any) -> Any:
+def of_type(kind: type, content: Any) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"it holds {type(content).__name__}, not {kind.__name__}")
     return content
@@ -177,7 +229,7 @@ def run_page(folder: Path) -> str:
         (SUMMARY, _curves),
         (FIRST_BATCH, _first_batch),
         (BEST_VALIDATION, _best),
-        (SETTINGS, _settings),
+        (SETTINGS, html_settings),
         (STARTS, _starts),
         (SUMMARY, _all_numbers),
     ]
@@ -186,36 +238,39 @@ def run_page(folder: Path) -> str:
         with run.part_of(name):
             parts.append(render(run))
     data = run.starts[0].get("data_dir") if run.starts else None
-    model = f"{run.settings.get('model', 'unknown model')}{f' on {data}' if data else ''}, {_progress(run)}"
-    tiles = [f"<li><b>{_text(value)}</b> {_text(name)}</li>" for name, value in results(run).items()]
-    head = f"<h1>{_text(run.name)}</h1><p>{_text(model)}</p>{_notes(run)}"
+    model = f"{run.settings.get('model', 'unknown model')}{f' on {data}' if data else ''}, {run.progress()}"
+    tiles = [f"<li><b>{html_text(value)}</b> {html_text(name)}</li>" for name, value in run.results().items()]
+    head = f"<h1>{html_text(run.name)}</h1><p>{html_text(model)}</p>{html_notes(run)}"
     tiles = f'<ul class="tiles">{"".join(tiles)}</ul>' if run.rows else "<p>No epoch is trained yet.</p>"
-    return _page(f"{run.name}: {model}", f"<header>{head}{tiles}</header><main>{''.join(parts)}</main>")
+    return html_page(f"{run.name}: {model}", f"<header>{head}{tiles}</header><main>{''.join(parts)}</main>")
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
     """Return a page that compares runs, as HTML in ASCII."""
     panels = []
-    for panel in (*PANELS, TIMES):
-        for column, name in panel.columns.items():
-            title = panel.title if len(panel.columns) == 1 else f"{panel.title}: {name}"
-            series = [Series(name, run.values(column)) for name, run in zip(labels(runs), runs, strict=True)]
-            panels.append(_panel(curves(title, panel.unit, series, panel.from_zero)))
+    each = [{(curve.title, curve.axis): curve for curve in run.curves()} for run in runs]
+    for key in dict.fromkeys(key for found in each for key in found):
+        kind = next(found[key] for found in each if key in found)
+        series = [
+            Series(name, found[key].values if key in found else {})
+            for name, found in zip(labels(runs), each, strict=True)
+        ]
+        panels.append(html_panel(curves(kind.title, kind.unit, series, kind.from_zero, kind.axis, kind.every)))
     keys = legend(labels(runs))
     more = f" Line styles repeat after {STYLES} runs." if len(runs) > STYLES else ""
     found = results_table(runs)
     differing = differences(runs)
     parts = [
-        f"<h2>What came out</h2>{_table(runs, found)}",
-        f"<h2>What differs in their settings</h2>{_table(runs, differing)}"
+        f"<h2>What came out</h2>{html_table(runs, found)}",
+        f"<h2>What differs in their settings</h2>{html_table(runs, differing)}"
         if differing
         else "<h2>What differs in their settings</h2><p>Nothing.</p>",
-        f'<h2>Curves</h2><p class="soft">Rest the pointer on an epoch for its numbers.{more}</p>{keys}'
+        f'<h2>Curves</h2><p class="soft">Rest the pointer on a curve for its numbers.{more}</p>{keys}'
         f'<div class="panels">{"".join(panels)}</div>',
     ]
-    notes = "".join(map(_notes, runs))
+    notes = "".join(map(html_notes, runs))
     title = f"Comparison of {len(runs)} runs"
-    return _page(title, f"<header><h1>{title}</h1>{notes}</header><main>{''.join(parts)}</main>")
+    return html_page(title, f"<header><h1>{title}</h1>{notes}</header><main>{''.join(parts)}</main>")
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -224,37 +279,9 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [name if names.count(name) == 1 else printable(run.path) for name, run in zip(names, runs, strict=True)]
 
 
-def results(run: Run) -> dict[str, str]:
-    """Return what came out of a run: texts by what they are. What its files do not tell is left out."""
-    found, rows = {}, run.rows
-    top1 = {epoch: value for epoch, value in run.values("eval_top1").items() if math.isfinite(value)}
-    if top1:
-        best = max(top1, key=top1.get)
-        found["best top-1 %"] = f"{top1[best]:.2f} (epoch {best})"
-    last = rows[-1] if rows else {}
-    for column, name, digits in (
-        ("eval_top1", "last top-1 %", 2),
-        ("eval_top5", "last top-5 %", 2),
-        ("train_loss", "training loss, last", 4),
-        ("eval_loss", "validation loss, last", 4),
-    ):
-        if column in last:
-            found[name] = f"{last[column]:.{digits}f}"
-    speeds = list(run.values("train_images_per_second").values())
-    if speeds:
-        found["training images/s, mean"] = number(sum(speeds) / len(speeds))
-    memory = run.values("train_memory_mib")
-    if memory:
-        found["peak memory MiB"] = number(max(memory.values()))
-    seconds = run.values(ALL_SECONDS)
-    if seconds:
-        found["time of all epochs"] = _duration(sum(seconds.values()))
-    return found
-
-
 def results_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return what came out of runs: names, and one text per run, empty where its files do not tell."""
-    each = [{"epochs": _progress(run), **results(run)} for run in runs]
+    each = [{"trained": run.progress(), **run.results()} for run in runs]
     return [
         (name, [found.get(name, "") for found in each]) for name in dict.fromkeys(n for found in each for n in found)
     ]
@@ -280,16 +307,16 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _page(title: str, body: str) -> str:
+def html_page(title: str, body: str) -> str:
     now = f"{datetime.now():%Y-%m-%d %H:%M}"
-    footer = f"<footer>Written on {now} by litvit. A later epoch, or <code>litvit report</code>, renews it.</footer>"
+    footer = f"<footer>Written on {now} by litvit. The run, or <code>litvit report</code>, renews it.</footer>"
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    page = template.substitute(title=_text(title), body=body + footer)
+    page = template.substitute(title=html_text(title), body=body + footer)
     # Names need not be text, and a lone surrogate is no character.
     return page.encode("utf-8", "replace").decode().encode("ascii", "xmlcharrefreplace").decode()
 
 
-def _text(value: Any) -> str:
+def html_text(value: Any) -> str:
     return escape(str(value))
 
 
@@ -307,18 +334,11 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _notes(run: Run) -> str:
-    return "".join(f'<p class="note">{_text(run.name)}: {_text(note)}</p>' for note in run.notes)
+def html_notes(run: Run) -> str:
+    return "".join(f'<p class="note">{html_text(run.name)}: {html_text(note)}</p>' for note in run.notes)
 
 
-def _progress(run: Run) -> str:
-    trained = int(run.rows[-1]["epoch"]) if run.rows else 0
-    with contextlib.suppress(TypeError, KeyError):
-        return f"{trained} of {run.settings['epochs'] + run.settings.get('cooldown_epochs', 0)} epochs"
-    return f"{trained} epochs"
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return str(seconds)
     minutes, seconds = divmod(round(seconds), 60)
@@ -326,9 +346,11 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def _panel(chart: str, help: str = "") -> str:
+def html_panel(chart: str, help: str = "") -> str:
     return (
-        f'<section class="panel">{chart}{f"<p class=help>{_text(help)}</p>" if help else ""}</section>' if chart else ""
+        f'<section class="panel">{chart}{f"<p class=help>{html_text(help)}</p>" if help else ""}</section>'
+        if chart
+        else ""
     )
 
 
@@ -338,9 +360,9 @@ def _curves(run: Run) -> str:
     panels = []
     for panel in PANELS:
         series = [Series(name, values) for column, name in panel.columns.items() if (values := run.values(column))]
-        panels.append(_panel(curves(panel.title, panel.unit, series, panel.from_zero), panel.help))
+        panels.append(html_panel(curves(panel.title, panel.unit, series, panel.from_zero), panel.help))
     series = [Series(name, values) for column, name in PHASES.items() if (values := run.values(column))]
-    panels.append(_panel(stacked_bars("Where the time goes", "s", series), _time_help(run)))
+    panels.append(html_panel(stacked_bars("Where the time goes", "s", series), _time_help(run)))
     hint = '<p class="soft">One point per epoch. Rest the pointer on an epoch for its numbers.</p>'
     return f'<h2>Curves</h2>{hint}<div class="panels">{"".join(panels)}</div>'
 
@@ -362,14 +384,14 @@ def _first_batch(run: Run) -> str:
     figures = []
     for image in run.first_batch["images"]:
         first, *others = [(str(name), float(share)) for name, share in image["labels"]]
-        caption = _text(first[0])
+        caption = html_text(first[0])
         if others:
-            caption = "<br>".join(f"{100 * share:.0f}% {_text(name)}" for name, share in (first, *others))
-        figures.append(_figure(image["picture"], caption))
+            caption = "<br>".join(f"{100 * share:.0f}% {html_text(name)}" for name, share in (first, *others))
+        figures.append(html_figure(image["picture"], caption))
     height, width = run.first_batch["size"]
     return (
         '<h2>What the model gets</h2><section class="panel"><p>The first images of the first training batch, '
-        f"{_text(height)} x {_text(width)} pixels, after cropping, augmentation, erasing and mixup, with their "
+        f"{html_text(height)} x {html_text(width)} pixels, after cropping, augmentation, erasing and mixup, with their "
         "classes. Are they upright, large enough to be told apart, and rightly labelled?</p>"
         f'<div class="pictures">{"".join(figures)}</div></section>'
     )
@@ -393,10 +415,10 @@ def _best(run: Run) -> str:
     mistakes = ""
     if best.get("mistakes"):
         figures = [
-            _figure(
+            html_figure(
                 each["picture"],
-                f"is: {_text(each['class'])}<br><span class=wrong>said: {100 * each['probability']:.0f}% "
-                f"{_text(each['predicted'])}</span><br><span class=soft>{_text(each['name'])}</span>",
+                f"is: {html_text(each['class'])}<br><span class=wrong>said: {100 * each['probability']:.0f}% "
+                f"{html_text(each['predicted'])}</span><br><span class=soft>{html_text(each['name'])}</span>",
             )
             for each in best["mistakes"]
         ]
@@ -419,7 +441,7 @@ def _worst_classes(best: Mapping[str, Any]) -> str:
             "" if row[name] is None else f"{row[name]:.1f}" if isinstance(row[name], float) else row[name]
             for name in columns
         ]
-        rows.append("".join(f"<td>{_text(cell)}</td>" for cell in cells))
+        rows.append("".join(f"<td>{html_text(cell)}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in names)
     of = (
         f"the {len(rows)} lowest of {int(best['num_classes'])}"
@@ -433,16 +455,15 @@ def _worst_classes(best: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(picture: str, caption: str) -> str:
+def html_figure(picture: str, caption: str) -> str:
     if not picture.startswith("data:image/"):
         raise ValueError("a picture is no data URI")
     pixels = ' class="pixels"' if picture.startswith("data:image/png") else ""
-    return (
-        f'<figure><img{pixels} src="{_text(picture)}" alt="" loading="lazy"><figcaption>{caption}</figcaption></figure>'
-    )
+    source = html_text(picture)
+    return f'<figure><img{pixels} src="{source}" alt="" loading="lazy"><figcaption>{caption}</figcaption></figure>'
 
 
-def _settings(run: Run) -> str:
+def html_settings(run: Run) -> str:
     if not run.settings:
         return ""
     first = run.starts[0] if run.starts else {}
@@ -453,14 +474,16 @@ def _settings(run: Run) -> str:
     others = [name for name in run.settings if name not in own]
 
     def table(names: Sequence[str]) -> str:
-        rows = (f"<tr><th>{_text(name)}</th><td>{_text(_value(run.settings[name]))}</td></tr>" for name in names)
+        rows = (
+            f"<tr><th>{html_text(name)}</th><td>{html_text(_value(run.settings[name]))}</td></tr>" for name in names
+        )
         return f"<table>{''.join(rows)}</table>"
 
     shown = ""
     if own:
-        shown = f"<h3>Different from {_text(than)}</h3>{table(own)}"
+        shown = f"<h3>Different from {html_text(than)}</h3>{table(own)}"
     elif isinstance(changed, list):
-        shown = f"<h3>All as in {_text(than)}</h3>"
+        shown = f"<h3>All as in {html_text(than)}</h3>"
     return (
         f'<h2>Settings</h2><section class="panel">{shown}<details{"" if shown else " open"}><summary>'
         f"{'The other ' if own else 'All '}{len(others)} settings</summary>{table(others)}</details></section>"
@@ -472,16 +495,16 @@ def _starts(run: Run) -> str:
         return ""
     shown = []
     for start in run.starts[: -MAX_STARTS - 1 : -1]:
-        commit = f", commit {_text(str(start['commit'])[:10])}" if start.get("commit") else ""
+        commit = f", commit {html_text(str(start['commit'])[:10])}" if start.get("commit") else ""
         commit += " with changed files" if commit and start.get("changed") else ""
         versions, hardware = (
             ", ".join(f"{name} {_value(value)}" for name, value in _mapping(start.get(part)).items())
             for part in ("versions", "hardware")
         )
         shown.append(
-            f"<details{'' if shown else ' open'}><summary>{_text(start.get('time', ''))}, from step "
-            f"{_text(start.get('step', '?'))}{commit}</summary><pre>{_text(start.get('command', ''))}</pre>"
-            f"<p><small>{_text(versions)}</small></p><p><small>{_text(hardware)}</small></p></details>"
+            f"<details{'' if shown else ' open'}><summary>{html_text(start.get('time', ''))}, from step "
+            f"{html_text(start.get('step', '?'))}{commit}</summary><pre>{html_text(start.get('command', ''))}</pre>"
+            f"<p><small>{html_text(versions)}</small></p><p><small>{html_text(hardware)}</small></p></details>"
         )
     more = f"<p class=soft>The last {MAX_STARTS} of {len(run.starts)}.</p>" if len(run.starts) > MAX_STARTS else ""
     return f'<h2>Starts</h2><section class="panel">{more}{"".join(shown)}</section>'
@@ -491,7 +514,7 @@ def _all_numbers(run: Run) -> str:
     if not run.rows:
         return ""
     columns = [name for name in dict.fromkeys(name for row in run.rows for name in row) if name != ALL_SECONDS]
-    head = "".join(f"<th>{_text(name)}</th>" for name in columns)
+    head = "".join(f"<th>{html_text(name)}</th>" for name in columns)
     rows = (
         "".join(f"<td>{number(row[name]) if name in row else ''}</td>" for name in columns)
         for row in reversed(run.rows)
@@ -503,10 +526,10 @@ def _all_numbers(run: Run) -> str:
     )
 
 
-def _table(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in labels(runs))
+def html_table(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    head = "".join(f"<th>{html_text(name)}</th>" for name in labels(runs))
     lines = (
-        f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_text(value)}</td>' for value in values)}</tr>"
+        f"<tr><th>{html_text(name)}</th>{''.join(f'<td>{html_text(value)}</td>' for value in values)}</tr>"
         for name, values in rows
     )
     return (

@@ -13,7 +13,7 @@ HOVERED = 300  # columns with a text of their own
 
 
 class Series(NamedTuple):
-    """A curve: its name, and its values by epoch."""
+    """A curve: its name, and its values by epoch or by iteration."""
 
     name: str
     values: dict[int, float]
@@ -26,14 +26,18 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def curves(title: str, unit: str, series: Sequence[Series], from_zero: bool = False) -> str:
-    """Draw curves over epochs.
+def curves(
+    title: str, unit: str, series: Sequence[Series], from_zero: bool = False, axis: str = "epoch", every: bool = True
+) -> str:
+    """Draw curves over epochs or iterations.
 
     Args:
         title: Name of what is shown.
         unit: Unit of the values, empty for none.
         series: Curves. What is not finite is a gap.
         from_zero: Whether the axis of the values begins at 0.
+        axis: What is counted, "epoch" or "iteration".
+        every: Whether each of them has a value, so that one without is a gap.
 
     Returns:
         SVG with its legend, empty if there is nothing to draw.
@@ -44,10 +48,10 @@ def curves(title: str, unit: str, series: Sequence[Series], from_zero: bool = Fa
         return ""
     x, first, last = _epochs([epoch for epoch, _ in points])
     low = min(value for _, value in points)
-    y, axis = _value_axis(min(low, 0.0) if from_zero else low, max(value for _, value in points))
-    drawn = [axis, _epoch_axis(x, first, last)]
-    for style, _, values in shown:
-        for part in _connected(values):
+    y, rules = _value_axis(min(low, 0.0) if from_zero else low, max(value for _, value in points))
+    drawn = [rules, _epoch_axis(x, first, last, axis)]
+    for (style, _, values), (_, given) in zip(shown, series, strict=True):
+        for part in _connected(given, every):
             path = " ".join(f"{x(epoch):.1f},{y(value):.1f}" for epoch, value in part)
             drawn.append(f'<polyline class="line s{style}" points="{path}"/>')
         if len(values) <= MARKED:
@@ -55,10 +59,10 @@ def curves(title: str, unit: str, series: Sequence[Series], from_zero: bool = Fa
     texts = {}
     for epoch in sorted({epoch for epoch, _ in points}):
         lines = [f"{name}: {number(values[epoch])} {unit}".strip() for _, name, values in shown if epoch in values]
-        texts[epoch] = "\n".join([f"epoch {epoch}", *lines])
-    drawn.append(_hover(texts, x, first, last))
+        texts[epoch] = "\n".join([f"{axis} {epoch}", *lines])
+    drawn.append(_hover(texts, x))
     keys = [(_line_key(style), name) for style, name, _ in shown]
-    return _figure(title, unit, drawn, _keys(keys) if len(series) > 1 else "")
+    return _figure(title, unit, drawn, _keys(keys) if len(series) > 1 else "", axis)
 
 
 def stacked_bars(title: str, unit: str, series: Sequence[Series]) -> str:
@@ -84,7 +88,7 @@ def stacked_bars(title: str, unit: str, series: Sequence[Series]) -> str:
                 lines.append(f"{name}: {number(value)} {unit}")
                 below += value
         texts[epoch] = "\n".join([lines[0], *reversed(lines[1:])])
-    drawn.append(_hover(texts, x, first, last, bars=True))
+    drawn.append(_hover(texts, x, bars=True))
     keys = [(f'<rect class="bar b{style}" x="6" y="0" width="16" height="12"/>', name) for style, name, _ in shown]
     return _figure(title, unit, drawn, _keys(keys[::-1]))
 
@@ -139,14 +143,15 @@ def _finite(values: dict[int, float]) -> dict[int, float]:
     return {epoch: value for epoch, value in sorted(values.items()) if math.isfinite(value)}
 
 
-def _connected(values: dict[int, float]) -> list[list[tuple[int, float]]]:
-    """Split a curve where epochs are left out."""
-    parts: list[list[tuple[int, float]]] = []
-    for epoch, value in values.items():
-        if not parts or parts[-1][-1][0] != epoch - 1:
+def _connected(values: dict[int, float], every: bool) -> list[list[tuple[int, float]]]:
+    """Split a curve where values are not finite, and if `every` epoch is to have one, where epochs are left out."""
+    parts: list[list[tuple[int, float]]] = [[]]
+    for epoch, value in sorted(values.items()):
+        if parts[-1] and (not math.isfinite(value) or (every and parts[-1][-1][0] != epoch - 1)):
             parts.append([])
-        parts[-1].append((epoch, value))
-    return parts
+        if math.isfinite(value):
+            parts[-1].append((epoch, value))
+    return [part for part in parts if part]
 
 
 def _epochs(epochs: Sequence[int], bars: bool = False):
@@ -187,19 +192,19 @@ def _value_axis(low: float, high: float):
     return place, "".join(drawn)
 
 
-def _epoch_axis(x, first: int, last: int) -> str:
+def _epoch_axis(x, first: int, last: int, axis: str = "epoch") -> str:
     every = max(1, math.ceil(_steps(0, last - first, 8)[1])) if last > first else 1
     ticks = list(range(-(-first // every) * every, last + 1, every)) or [first]
     texts = [f'<text class="middle" x="{x(epoch):.1f}" y="{HEIGHT - BOTTOM + 15}">{epoch}</text>' for epoch in ticks]
     middle = (LEFT + WIDTH - RIGHT) / 2
-    return "".join(texts) + f'<text class="middle soft" x="{middle}" y="{HEIGHT - 2}">epoch</text>'
+    return "".join(texts) + f'<text class="middle soft" x="{middle}" y="{HEIGHT - 2}">{axis}</text>'
 
 
-def _hover(texts: dict[int, str], x, first: int, last: int, bars: bool = False) -> str:
+def _hover(texts: dict[int, str], x, bars: bool = False) -> str:
     """Return invisible columns that show a text where the pointer rests."""
     together = math.ceil(len(texts) / HOVERED)
     places = list(texts)[together - 1 :: together]
-    width = (WIDTH - LEFT - RIGHT) / max(last - first + bars, 1) * together
+    width = (WIDTH - LEFT - RIGHT) / max(len(texts) - 1 + bars, 1) * together
     return "".join(
         f'<rect class="hover" x="{x(epoch) - width / 2:.1f}" y="{TOP}" width="{width:.1f}" '
         f'height="{HEIGHT - TOP - BOTTOM}"><title>{escape(texts[epoch])}</title></rect>'
@@ -219,12 +224,12 @@ def _marker(style: int, x: float, y: float) -> str:
     return shapes[style]
 
 
-def _figure(title: str, unit: str, drawn: Sequence[str], keys: str) -> str:
+def _figure(title: str, unit: str, drawn: Sequence[str], keys: str, axis: str = "epoch") -> str:
     named = escape(f"{title}, {unit}" if unit else title)
     shown_unit = f" <small>{escape(unit)}</small>" if unit else ""
     return (
         f'<h3>{escape(title)}{shown_unit}</h3><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{named}, by epoch">{"".join(drawn)}</svg>{keys}'
+        f'aria-label="{named}, by {axis}">{"".join(drawn)}</svg>{keys}'
     )
 
 

@@ -149,7 +149,7 @@ def test_runs_are_compared(copy, tmp_path, monkeypatch, capsys):
     differing = out.partition("what differs:\n")[2]
     assert "\nseed" not in differing
     page = Page(tmp_path / "comparison.html")
-    assert {"lr", "imports", "epochs", "best top-1 %"} <= set(page.all("th"))
+    assert {"lr", "imports", "trained", "best top-1 %"} <= set(page.all("th"))
     assert "a&lt;b" in page.html
     assert {"Accuracy: top-1", "Loss: validation", "Gradient norm", "Learning rate"} <= set(page.all("h3"))
 
