@@ -99,6 +99,7 @@ def _set_schedule(cfg: Config, length: int) -> None:
         else "auto",  # mmseg's first is the accuracy of pixels
     }
     cfg.default_hooks.logger.interval = min(50, max(length // 20, 1))
+    cfg.default_hooks.logger.log_metric_by_epoch = False  # the loop counts no epochs
     cfg.log_processor = {**cfg.get("log_processor", {"type": "LogProcessor", "window_size": 50}), "by_epoch": False}
 
 

@@ -21,7 +21,6 @@ from litvit.runs.page import (
     html_notes,
     html_page,
     html_panel,
-    html_settings,
     html_text,
 )
 from litvit.runs.panels import STYLES, Series, curves, number
@@ -29,7 +28,8 @@ from litvit.runs.panels import STYLES, Series, curves, number
 POINTS = 500  # of a curve; of more training logs, each point is the mean of several
 PICTURES_SHOWN, SIDE = 8, 640  # pixels
 MAX_STARTS = 20
-MAX_LOGS = 200
+MAX_LOGS = 200  # rows of the table of all numbers
+LOWEST = 20  # classes that are shown without a click
 CLASSWISE = re.compile(r"(?:[^/]*/)?(?:(?P<class>.+)_precision|(?P<measure>IoU|Acc|Dice)\.(?P<name>.+))", re.DOTALL)
 AVERAGE_PRECISION = re.compile(r"(?P<kind>bbox|segm|proposal)_(?P<item>.+)", re.DOTALL)
 MAIN = ("bbox_mAP", "segm_mAP", "mAP", "PQ", "mIoU", "mDice")  # metrics to head the page with, the higher the better
@@ -181,7 +181,7 @@ def mmengine_page(folder: Path) -> str:
         (SCALARS, _validation),
         (SCALARS, _training),
         (PICTURES, _pictures),
-        (CONFIG, html_settings),
+        (CONFIG, _settings),
         ("the list of starts", _starts),
         (SCALARS, _all_numbers),
     ]
@@ -269,14 +269,20 @@ def _classes(run: MMEngineRun) -> str:
         return value if math.isfinite(value) else math.inf
 
     head = "".join(f"<th>{html_text(name)}</th><th></th>" for name in measures)
-    rows = (
+    rows = [
         f"<tr><td>{html_text(name)}</td>{''.join(cell(row, measure) for measure in measures)}</tr>"
         for name, row in sorted(table.items(), key=rank)
-    )
+    ]
+
+    def shown(some: Sequence[str]) -> str:
+        lines = "".join(some)
+        return f'<div class="scroll"><table class="numbers"><tr><th>class</th>{head}</tr>{lines}</table></div>'
+
+    others = rows[LOWEST:]
+    more = f"<details><summary>The other {len(others)} classes</summary>{shown(others)}</details>" if others else ""
     return (
-        f'<section class="panel below"><h3>Classes <small>lowest first, of {run.axis} {last.place}</small></h3>'
-        f'<div class="scroll"><table class="numbers"><tr><th>class</th>{head}</tr>{"".join(rows)}</table></div>'
-        "</section>"
+        f'<section class="panel below"><h3>Classes <small>lowest first, {run.axis} {last.place}</small></h3>'
+        f"{shown(rows[:LOWEST])}{more}</section>"
     )
 
 
@@ -296,6 +302,18 @@ def _pictures(run: MMEngineRun) -> str:
         '<h2>Predictions</h2><section class="panel"><p>Validation images that mmengine has drawn last, with their '
         f'annotations on the left and the predictions on the right.</p><div class="pictures large">{"".join(figures)}'
         "</div></section>"
+    )
+
+
+def _settings(run: MMEngineRun) -> str:
+    if not run.settings:
+        return ""
+    rows = "".join(
+        f"<tr><th>{html_text(name)}</th><td>{html_text(value)}</td></tr>" for name, value in run.settings.items()
+    )
+    return (
+        f'<h2>Settings</h2><section class="panel"><details><summary>All {len(run.settings)} settings of the last start'
+        f"</summary><table>{rows}</table></details></section>"
     )
 
 

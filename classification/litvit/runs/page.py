@@ -229,7 +229,7 @@ def run_page(folder: Path) -> str:
         (SUMMARY, _curves),
         (FIRST_BATCH, _first_batch),
         (BEST_VALIDATION, _best),
-        (SETTINGS, html_settings),
+        (SETTINGS, _settings),
         (STARTS, _starts),
         (SUMMARY, _all_numbers),
     ]
@@ -463,7 +463,7 @@ def html_figure(picture: str, caption: str) -> str:
     return f'<figure><img{pixels} src="{source}" alt="" loading="lazy"><figcaption>{caption}</figcaption></figure>'
 
 
-def html_settings(run: Run) -> str:
+def _settings(run: Run) -> str:
     if not run.settings:
         return ""
     first = run.starts[0] if run.starts else {}

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from PIL import Image
 
 from litvit.commands import report
 from litvit.errors import InputError
@@ -207,7 +208,7 @@ def test_a_damaged_file_is_left_out(copy, name, content):
 
 def test_wrong_input_is_one_line(copy, tmp_path):
     run = copy("run")
-    with pytest.raises(InputError, match="none holds no run of litvit train"):
+    with pytest.raises(InputError, match="none holds no run of litvit train .*, detection or segmentation"):
         report.main([str(run), str(tmp_path / "none")])
     with pytest.raises(InputError, match=r"run/\.\./run is named twice"):
         report.main([str(run), str(run / "../run")])
@@ -215,3 +216,152 @@ def test_wrong_input_is_one_line(copy, tmp_path):
         report.main([str(run), "--output", str(tmp_path)])
     with pytest.raises(InputError, match="cannot write .*page.html: No such file"):
         report.main([str(run), "--output", str(tmp_path / "none/page.html")])
+
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def work_dir(tmp_path):
+    """A function that writes the logs of a start of mmengine into a work dir, and returns that."""
+
+    def write(name, start, *lines, config="train_cfg = dict(max_epochs=3)\n"):
+        data = tmp_path / name / start / "vis_data"
+        data.mkdir(parents=True)
+        texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+        (data / "scalars.json").write_text("".join(f"{text}\n" for text in texts))
+        (data / "config.py").write_text(config)
+        return tmp_path / name
+
+    return write
+
+
+def step(iteration, epoch=None, **values):
+    loss = {"lr": 0.1, "data_time": 0.2, "grad_norm": 3.0, "loss": 2.0, "loss_cls": 1.5, "time": 0.5, "memory": 900}
+    place = {"iter": iteration, "step": iteration} | ({} if epoch is None else {"epoch": epoch})
+    return loss | values | place
+
+
+def points(page, title):
+    """Return the texts of a panel's points."""
+    panel = page.html.partition(f"<h3>{title}")[2].partition("</section>")[0]
+    return re.findall("<title>(.*?)</title>", panel, re.DOTALL)
+
+
+def test_a_detection_run(work_dir):
+    metrics = {"coco/bbox_mAP": 0.25, "coco/bbox_mAP_s": -1.0, "coco/segm_mAP": 0.2, "data_time": 0.1, "time": 0.2}
+    classes = {"coco/cat_precision": 0.4, "coco/a/b_precision": 0.1, f"coco/{EVIL}_precision": float("nan")}
+    better = metrics | {"coco/bbox_mAP": 0.5}
+    run = work_dir(
+        *("detection", "20260101_000000", step(50, 1), metrics | {"step": 1}, step(100, 2, loss=1.0)),
+        better | classes | {"step": 2},
+    )
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    titles = {"Loss", "Parts of the loss", "Learning rate", "Gradient norm", "Time per iteration", "Peak memory"}
+    assert titles | {"coco bbox", "coco segm", "Classes"} <= set(page.all("h3"))
+    assert "iteration 100, epoch 2 of 3" in page.html
+    assert points(page, "Loss") == ["iteration 50\nloss: 2", "iteration 100\nloss: 1"]
+    assert points(page, "coco bbox") == ["epoch 1\nmAP: 0.25", "epoch 2\nmAP: 0.5"]
+    assert "0.5 (epoch 2)" in page.html
+    assert [cell for cell in page.all("td") if cell in ("a/b", "cat", EVIL)] == ["a/b", "cat", EVIL]
+    assert "script" not in page.tags
+    assert all(source.startswith("data:") for source in page.sources)
+
+
+def test_a_segmentation_run(work_dir):
+    config = "model = {'type': '<b>', 'heads': [dict(a=1), dict(a=print('no'))]}\ntrain_cfg = dict(max_iters=80)\n"
+    last = {"aAcc": 70.0, "mIoU": 35.0, "IoU.sky": 55.0, "Acc.sky": 60.0, "IoU.sea": 15.0, "Acc.sea": 20.0, "step": 80}
+    logs = [step(40), {"aAcc": 60.0, "mIoU": 30.0, "step": 40}, step(80, **{"decode.acc_seg": 50.0}), last]
+    run = work_dir("segmentation", "20260101_000000", *logs, config=config)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert "iteration 80 of 80" in page.html
+    assert points(page, "Metrics")[-1] == "iteration 80\naAcc: 70\nmIoU: 35"
+    assert {"decode.acc_seg", "Classes"} <= set(page.all("h3"))
+    cells = page.all("td")
+    assert cells.index("sea") < cells.index("sky")
+    assert {"IoU", "Acc", "model.heads.1.a"} <= set(page.all("th"))
+    assert "print('no')" in cells
+    assert "&lt;b&gt;, iteration 80" in page.html
+
+
+def test_a_resumed_run_shows_each_step_once(work_dir):
+    metric = {"coco/bbox_mAP": 0.1}
+    first = [step(50, 1), metric | {"step": 1}, step(100, 2), step(150, 2), metric | {"step": 2}, step(200, 3)]
+    work_dir("run", "20260101_000000", *first)
+    again = [step(150, 2, loss=7.0), {"coco/bbox_mAP": 0.3, "step": 2}]
+    run = work_dir("run", "20260102_000000", *again)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert points(page, "Loss") == [f"iteration {place}\nloss: {loss}" for place, loss in ((50, 2), (100, 2), (150, 7))]
+    assert points(page, "coco bbox") == ["epoch 1\nmAP: 0.1", "epoch 2\nmAP: 0.3"]
+    assert "20260101_000000" in page.html
+
+
+def test_validations_of_iterations_that_are_logged_as_epoch_0(work_dir):
+    metric = {"coco/bbox_mAP": 0.1, "step": 0}
+    run = work_dir("run", "20260101_000000", step(50), metric, step(100), metric)
+    assert report.main([str(run)]) == 0
+    assert points(Page(run / "report.html"), "coco bbox") == ["iteration 50\nmAP: 0.1", "iteration 100\nmAP: 0.1"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "3", "[" * 100_000, "\x00", '{"iter": "a", "step": 1}', '{"mIoU": 3}', '{"iter": true}'),
+        *(
+            '{"iter": -1}',
+            '{"iter": 1e400}',
+            '{"iter": 1000000000000000000000, "loss": 1}',
+            '{"iter": 3, "loss": 1' + 400 * "0" + "}",
+        ),
+    ],
+)
+def test_a_damaged_line_is_left_out(work_dir, line, capsys):
+    run = work_dir("run", "20260101_000000", step(50, 1), line, step(100, 1))
+    assert report.main([str(run)]) == 0
+    assert "1 line of 20260101_000000/vis_data/scalars.json cannot be read" in capsys.readouterr().err
+    page = Page(run / "report.html")
+    assert len(points(page, "Loss")) == 2
+    assert "1 line of" in page.html
+
+
+@pytest.mark.parametrize("config", ["a = (", "\x00"])
+def test_a_damaged_config_is_left_out(work_dir, config):
+    run = work_dir("run", "20260101_000000", step(50, 1), config=config)
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert "config.py cannot be read" in page.html
+    assert "Settings" not in page.all("h2")
+
+
+def test_the_pictures_that_mmengine_has_drawn(work_dir):
+    run = work_dir("run", "20260101_000000", step(50, 1))
+    folder = run / "20260101_000000/vis_data/vis_image"
+    folder.mkdir()
+    Image.new("RGB", (8, 4)).save(folder / "val <i>_1.png")
+    (folder / "val_2.png").write_bytes(b"cut off")
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert page.all("figcaption") == ["val <i>_1"]
+    assert len(page.sources) == 2
+
+
+def test_a_run_of_mmengine_without_logs(work_dir):
+    run = work_dir("run", "20260101_000000")
+    (run / "last.pth").touch()
+    assert report.main([str(run)]) == 0
+    assert "Nothing is logged yet." in (run / "report.html").read_text()
+
+
+def test_runs_of_mmengine_are_compared(work_dir, copy, tmp_path, capsys):
+    metric = {"coco/bbox_mAP": 0.1, "step": 1}
+    one = work_dir("one", "20260101_000000", step(50, 1), metric)
+    two = work_dir("two", "20260101_000000", step(50, 1), metric, config="train_cfg = dict(max_epochs=9)\n")
+    assert report.main([str(one), str(two), str(copy("three")), "--output", str(tmp_path / "page.html")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^best coco/bbox_mAP +0.1 \(epoch 1\) +0.1", out, re.MULTILINE)
+    assert re.search(r"^train_cfg.max_epochs +3 +9", out, re.MULTILINE)
+    titles = Page(tmp_path / "page.html").all("h3")
+    assert {"Training: loss", "Validation: coco/bbox_mAP", "Accuracy: top-1"} <= set(titles)
