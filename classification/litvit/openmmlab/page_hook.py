@@ -12,18 +12,20 @@ from litvit.runs.mmengine_page import mmengine_page
 
 
 class PageHook(Hook):
-    """Writes report.html into the work dir after every validation and at the end. A failure is a warning."""
+    """Renews the page of a run after every validation and at the end."""
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self._write(runner)
+        write_page(runner)
 
     def after_run(self, runner: Runner) -> None:
-        self._write(runner)
+        write_page(runner)
 
-    @master_only
-    def _write(self, runner: Runner) -> None:
-        try:
-            page = mmengine_page(Path(runner.work_dir))
-            replace_file(Path(runner.work_dir, PAGE), lambda temporary: temporary.write_text(page, encoding="utf-8"))
-        except Exception as error:  # of a full disk, a file that something else has changed
-            runner.logger.warning(f"cannot write {PAGE}: {one_line(error)}; the run goes on")
+
+@master_only
+def write_page(runner: Runner) -> None:
+    """Write report.html into the work dir, in the first process. A failure is a warning."""
+    try:
+        page = mmengine_page(Path(runner.work_dir))
+        replace_file(Path(runner.work_dir, PAGE), lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    except Exception as error:  # of a full disk, a file that something else has changed
+        runner.logger.warning(f"cannot write {PAGE}: {one_line(error)}; the run goes on")

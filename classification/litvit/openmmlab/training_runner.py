@@ -27,8 +27,9 @@ from litvit.openmmlab.checkpoints import (
     read_meta,
 )
 from litvit.openmmlab.loops import ExactEpochs, ExactIterations, ExactValidation, make_exact
-from litvit.openmmlab.page_hook import PageHook
+from litvit.openmmlab.page_hook import PageHook, write_page
 from litvit.openmmlab.runner import CheckedRunner, complete_own_data
+from litvit.openmmlab.saver import Stopped
 from litvit.openmmlab.step_guard import GuardedSteps, guard_steps
 from litvit.processes import LAUNCHER, is_primary
 from litvit.runs.folder import CHECKPOINT, DIVERGED, PREVIOUS, interval, replace_file
@@ -328,7 +329,11 @@ class TrainingRunner(ResumableRunner):
             model = super().train()
             if self.may_be_spoilt:
                 raise Diverged
+        except Stopped:
+            write_page(self)  # mmengine calls no hook
+            raise
         except Diverged as error:
+            write_page(self)
             where = os.path.join(self.work_dir, DIVERGED)
             try:
                 self.save_checkpoint(self.work_dir, DIVERGED, by_epoch=False)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from litvit.errors import printable
+
 SCALARS, CONFIG, PICTURES = "vis_data/scalars.json", "vis_data/config.py", "vis_data/vis_image"
 MAX_COUNT = 2**53  # of iterations; what is above is damage
 
@@ -64,7 +66,7 @@ class Logs:
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         if "iter" in content:
-            iteration = _count(content["iter"])
+            iteration, _ = _count(content["iter"]), _count(content.get("epoch", 0))
             self.training = _before(self.training, lambda row: row["iter"] < iteration)
             self.validations = _before(self.validations, lambda validation: validation.iteration < iteration)
             self.training.append(numbers | {"iter": iteration})
@@ -108,7 +110,8 @@ def read_logs(folder: Path) -> Logs:
     """Read the logs of all starts in a work dir. What is damaged is left out and noted."""
     logs = Logs()
     for start in _starts(folder):
-        logs.starts.append(start.name)
+        name = printable(start.name)
+        logs.starts.append(name)
         damaged = 0
         try:
             with (start / SCALARS).open("rb") as file:
@@ -121,17 +124,17 @@ def read_logs(folder: Path) -> Logs:
         except FileNotFoundError:
             pass
         except OSError as error:
-            logs.notes.append(f"{start.name}/{SCALARS} cannot be read, and is left out ({error.strerror}).")
+            logs.notes.append(f"{name}/{SCALARS} cannot be read, and is left out ({error.strerror}).")
         if damaged:
             lines = "1 line" if damaged == 1 else f"{damaged} lines"
-            logs.notes.append(f"{lines} of {start.name}/{SCALARS} cannot be read, and {_is(damaged)} left out.")
+            logs.notes.append(f"{lines} of {name}/{SCALARS} cannot be read, and {_is(damaged)} left out.")
     configs = [start / CONFIG for start in _starts(folder) if (start / CONFIG).is_file()]
     if configs:
         try:
             logs.settings = read_config(configs[-1])
         except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            name = configs[-1].relative_to(folder)
-            logs.notes.append(f"{name} cannot be read, and is left out ({type(error).__name__}).")
+            name = printable(configs[-1].parent.parent.name)
+            logs.notes.append(f"{name}/{CONFIG} cannot be read, and is left out ({type(error).__name__}).")
     return logs
 
 

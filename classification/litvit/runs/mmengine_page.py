@@ -211,9 +211,10 @@ def _training(run: MMEngineRun) -> str:
     losses = run.loss_names()
     panels = []
     if losses[:1] == ["loss"]:
-        panels += _panels("Loss", [Series("loss", run.values("loss"))], "iteration", "The sum of its parts.")
+        panels += _panels("Loss", [Series("loss", run.values("loss"))], "iteration", "The sum of all losses.")
     parts = [Series(name, run.values(name)) for name in losses if name != "loss"]
-    panels += _panels("Parts of the loss", parts, "iteration")
+    if len(losses) != 2:  # the sum and a single part would be the same
+        panels += _panels("Parts of the loss", parts, "iteration")
     for title, unit, columns, help, from_zero in PANELS:
         series = [Series(name, values) for column, name in columns.items() if (values := run.values(column))]
         panels.append(html_panel(curves(title, unit, series, from_zero, "iteration", every=False), help))
@@ -226,6 +227,8 @@ def _training(run: MMEngineRun) -> str:
 
 
 def _validation(run: MMEngineRun) -> str:
+    if not run.validations:
+        return ""
     groups: dict[str, list[Series]] = {}
     for name in run.metric_names():
         prefix, _, short = name.rpartition("/")
@@ -233,8 +236,6 @@ def _validation(run: MMEngineRun) -> str:
         title = f"{prefix} {precision['kind']}".strip() if precision else prefix or "Metrics"
         groups.setdefault(title, []).append(Series(precision["item"] if precision else short, run.metric(name)))
     panels = [panel for title, series in groups.items() for panel in _panels(title, series, run.axis)]
-    if not panels:
-        return ""
     return f'<h2>Validation</h2><div class="panels">{"".join(panels)}</div>{_classes(run)}'
 
 

@@ -313,6 +313,7 @@ def test_validations_of_iterations_that_are_logged_as_epoch_0(work_dir):
         *(
             '{"iter": -1}',
             '{"iter": 1e400}',
+            '{"iter": 60, "epoch": NaN}',
             '{"iter": 1000000000000000000000, "loss": 1}',
             '{"iter": 3, "loss": 1' + 400 * "0" + "}",
         ),

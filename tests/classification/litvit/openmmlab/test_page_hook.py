@@ -1,7 +1,11 @@
 """The page that a run of mmengine renews."""
 
+import signal
+
 import pytest
-from small_run import SEED, Killed, assert_same, content, kill, train
+from small_run import SEED, Killed, assert_same, content, kill, send, train
+
+from litvit.processes import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.usefixtures("mmengine_scope")
 
@@ -34,3 +38,9 @@ def test_a_page_that_cannot_be_written_is_a_warning(undisturbed, tmp_path, capfd
     assert train(tmp_path, **SEED) == 0
     assert "cannot write report.html" in capfd.readouterr().out
     assert_same(undisturbed(), content(tmp_path))
+
+
+def test_a_run_that_is_stopped_shows_where(tmp_path):
+    hooks = {"default_hooks": {"logger": {"type": "LoggerHook", "interval": 2}}}
+    assert train(tmp_path, {("before_train_iter", 4): send(signal.SIGTERM)}, **SEED, **hooks) == EXIT_INTERRUPTED
+    assert "iteration 4\nloss: " in (tmp_path / "report.html").read_text()
