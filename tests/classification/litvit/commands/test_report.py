@@ -237,7 +237,16 @@ def work_dir(tmp_path):
 
 
 def step(iteration, epoch=None, **values):
-    loss = {"lr": 0.1, "data_time": 0.2, "grad_norm": 3.0, "loss": 2.0, "loss_cls": 1.5, "time": 0.5, "memory": 900}
+    loss = {
+        "lr": 0.1,
+        "data_time": 0.2,
+        "grad_norm": 3.0,
+        "loss": 2.0,
+        "loss_cls": 1.5,
+        "loss_bbox": 0.5,
+        "time": 0.5,
+        "memory": 900,
+    }
     place = {"iter": iteration, "step": iteration} | ({} if epoch is None else {"epoch": epoch})
     return loss | values | place
 

@@ -87,6 +87,7 @@ def test_given_classes_are_matched_by_name(tmp_path):
     assert cfg.val_dataloader.dataset.metainfo.classes == ["a"]
     assert cfg.model.roi_head.bbox_head.num_classes == 1
     assert cfg.train_cfg.max_iters == 7
+    assert not cfg.default_hooks.logger.log_metric_by_epoch
     with pytest.raises(InputError, match="has no class c"):
         own_data.complete(detector(tmp_path, classes=["a", "c"]))
 
