@@ -306,6 +306,18 @@ def test_a_resumed_run_shows_each_step_once(work_dir):
     assert points(page, "Loss") == [f"iteration {place}\nloss: {loss}" for place, loss in ((50, 2), (100, 2), (150, 7))]
     assert points(page, "coco bbox") == ["epoch 1\nmAP: 0.1", "epoch 2\nmAP: 0.3"]
     assert "20260101_000000" in page.html
+    validations = page.html.partition("<summary>Validations")[2].partition("</table>")[0]
+    assert validations.count("<tr>") == 1 + 2
+
+
+def test_a_validation_that_was_done_again_is_shown_once(work_dir):
+    work_dir("run", "20260101_000000", step(50), {"mIoU": 10.0, "step": 60})
+    run = work_dir("run", "20260102_000000", {"mIoU": 11.0, "step": 60})
+    assert report.main([str(run)]) == 0
+    page = Page(run / "report.html")
+    assert points(page, "Metrics") == ["iteration 60\nmIoU: 11"]
+    validations = page.html.partition("<summary>Validations")[2].partition("</table>")[0]
+    assert validations.count("<tr>") == 1 + 1
 
 
 def test_validations_of_iterations_that_are_logged_as_epoch_0(work_dir):
