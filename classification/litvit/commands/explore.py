@@ -16,7 +16,7 @@ from litvit.explorer.data import Explorer, explore, make_page
 from litvit.explorer.server import Server, serve
 from litvit.memory import keep_freed_memory
 from litvit.processes import EXIT_INPUT_ERROR, choose_device
-from litvit.runs.folder import replace_file
+from litvit.runs.folder import save_text
 from litvit.settings import take
 from litvit.training.classifier import build_classifier
 from litvit.training.flags import (
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INPUT_ERROR if problems else 0
     content = make_page(explorers, pictures)
     with writing_to(output.parent):
-        replace_file(output, lambda temporary: temporary.write_bytes(content))
+        save_text(output, content.decode(), printed=False)
     took = time.perf_counter() - start
     shown = "1 image" if len(pictures) == 1 else f"{len(pictures)} images"
     print(f"{shown} in {output}, {len(content) / 1e6:.1f} MB: open it in a browser ({took:.1f} s)")

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             columns = ("", *names)
             table = [dict(zip(columns, (name, *values), strict=True)) for name, values in rows]
             print(f"{title}:\n{format_table(table, columns) if table else 'nothing'}\n")
-    save_text(output, page)
+    save_text(output, page, printed=False)
     print(f"report: {output}")
     return 0
 

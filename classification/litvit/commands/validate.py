@@ -25,7 +25,7 @@ from litvit.processes import start_processes
 from litvit.runs.folder import save_text
 from litvit.settings import take
 from litvit.training.blank_images import check_scores
-from litvit.training.classifier import readable_names
+from litvit.training.classifier import class_labels
 from litvit.training.evaluate import evaluate
 from litvit.training.flags import (
     CHECKPOINT_HELP,
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     print(text, end="", flush=True)
     if settings.report:
-        labels = _class_labels(num_classes, known_classes, classes)
+        labels = class_labels(num_classes, known_classes, classes)
         _write_report(settings.report, predicted, labels, images, names)
         save_text(settings.report / RESULT, text)
     if settings.results_file:
@@ -178,12 +178,6 @@ class FlipAverage(nn.Module):
 def _with_progress(batches: Iterable[Batch], hidden: bool) -> Iterator[Batch]:
     """Yield batches, and show how many have come."""
     return iter(tqdm(batches, desc="validate", unit="batch", disable=hidden, leave=False))
-
-
-def _class_labels(num_classes: int, known: Sequence[str] | None, found: dict[str, int] | None) -> list[str]:
-    """Return the names of all classes in the order of their numbers; a class that has no name has its number."""
-    names = {number: name for name, number in (found or {}).items()} | dict(enumerate(known or ()))
-    return readable_names([str(names.get(number, number)) for number in range(num_classes)])
 
 
 def _write_report(

@@ -88,7 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_refused(self) -> bool:
         """Refuse what does not come from this page: other names of this machine, and pages of other sites."""
-        hosts = [f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")]
+        port = self.server.server_port
+        hosts = [f"{name}:{port}" for name in (LOOPBACK, "localhost")]
+        hosts += [LOOPBACK, "localhost"] if port == 80 else []  # browsers leave that port out
         origin = self.headers.get("Origin")
         is_own = origin is None or origin in [f"http://{host}" for host in hosts]
         is_own &= self.headers.get("Sec-Fetch-Site") in (None, "none", "same-origin")

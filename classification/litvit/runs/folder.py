@@ -175,16 +175,16 @@ def replace_file(path: Path, write: Callable[[Path], None], keep: Path | None = 
             temporary.unlink(missing_ok=True)
 
 
-def save_text(path: Path, text: str) -> None:
-    """Write a text that has been printed. A plain file is replaced whole. A link stays one, and its file is replaced.
+def save_text(path: Path, text: str, printed: bool = True) -> None:
+    """Write a text. A plain file is replaced whole. A link stays one, and its file is replaced.
 
-    What is no plain file, such as a pipe, is written to. Standard output is not: it has the text.
+    What is no plain file, such as a pipe, is written to. Standard output is not, if the text was printed: it has it.
 
     Raises:
         InputError: it cannot be written.
     """
     try:
-        if path.exists() and os.path.samestat(os.stat(path), os.fstat(1)):
+        if printed and path.exists() and os.path.samestat(os.stat(path), os.fstat(1)):
             return
         # /dev/stderr may be a file, of which the text is a part.
         of_the_system = os.path.abspath(path).startswith(("/dev/", "/proc/"))

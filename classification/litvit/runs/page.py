@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -88,10 +89,14 @@ PANELS = (
 TIMES = Panel(
     "Time per epoch", "s", {ALL_SECONDS: "all", "train_seconds_data": PHASES["train_seconds_data"]}, "", from_zero=True
 )
-ON_CPU = "Seconds of the first process, named from the top of a bar. Checkpoints count as waiting."
+ON_CPU = (
+    "Seconds of the first process, named from the top of a bar. Checkpoints within an epoch count as waiting; saving "
+    "after it is not counted."
+)
 ON_GPU = (
     "Seconds of the first GPU, named from the top of a bar, between marks in its queue: idle time in a phase counts "
-    "for that phase. Validation is by the clock of the process. Checkpoints count as waiting."
+    "for that phase. Validation is by the clock of the process. Checkpoints within an epoch count as waiting; saving "
+    "after it is not counted."
 )
 
 
@@ -164,15 +169,15 @@ class Run:
         ):
             if column in last:
                 found[name] = f"{last[column]:.{digits}f}"
-        speeds = list(self.values("train_images_per_second").values())
+        speeds = [speed for speed in self.values("train_images_per_second").values() if speed > 0]
         if speeds:
-            found["training images/s, mean"] = number(sum(speeds) / len(speeds))
+            found["training images/s, median"] = number(statistics.median(speeds))
         memory = self.values("train_memory_mib")
         if memory:
             found["peak memory MiB"] = number(max(memory.values()))
         seconds = self.values(ALL_SECONDS)
         if seconds:
-            found["time of all epochs"] = duration(sum(seconds.values()))
+            found["training and validation"] = duration(sum(seconds.values()))
         return found
 
     @contextlib.contextmanager
@@ -467,7 +472,8 @@ def _settings(run: Run) -> str:
     if not run.settings:
         return ""
     first = run.starts[0] if run.starts else {}
-    changed = first.get("changed_settings")
+    lists = [start["changed_settings"] for start in run.starts if isinstance(start.get("changed_settings"), list)]
+    changed = [name for names in lists for name in names] if lists else None
     about = Path(str(first["recipe"])).name if first.get("recipe") else None
     than = f"the recipe {about}" if about else "the flags' defaults: there is no recipe"
     own = [name for name in run.settings if name in changed] if isinstance(changed, list) else []

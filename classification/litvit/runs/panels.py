@@ -6,7 +6,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 380, 200
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
+LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 30
 STYLES = 6  # of lines: colours, dashes and markers in page.html
 MARKED = 40  # points up to which each has a marker
 HOVERED = 300  # columns with a text of their own

@@ -179,9 +179,14 @@ class Report:
             describe: Function that returns its content, of what JSON can hold.
             args: Arguments of that function.
         """
+        path = self.folder / name
         with self._logs_never_stop_a_run():
-            content = json.dumps(describe(*args))
-            replace_file(self.folder / name, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+            try:
+                content = json.dumps(describe(*args))
+                replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+            except BaseException:
+                path.unlink(missing_ok=True)  # it would be of other weights
+                raise
 
     def close(self, status: int) -> None:
         """Write out what is left, with the exit status of the run."""

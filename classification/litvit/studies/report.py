@@ -73,7 +73,7 @@ def _of_model(epochs: dict[Run, list[Row]], model: str) -> dict[Run, list[Row]]:
 def _model_row(name: str, config: Config, epochs: dict[Run, list[Row]]) -> Row:
     """Return the figures of a model from its runs that are trained to their last epoch."""
     last = {run.seed: rows[-1] for run, rows in epochs.items()}
-    speeds = [row["train_images_per_second"] for rows in epochs.values() for row in rows]
+    speeds = [row.get("train_images_per_second", 0) for rows in epochs.values() for row in rows]
     speeds = [speed for speed in speeds if speed > 0]  # none where only the validation of an epoch was left
     memory = [row["train_memory_mib"] for row in last.values() if "train_memory_mib" in row]
     return {

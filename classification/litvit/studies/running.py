@@ -29,7 +29,7 @@ from litvit.training.config import Config
 
 POLL = 0.2  # seconds
 LINES = 20  # of the output of a run that failed
-NEEDED = ("epoch", "train_loss", "train_images_per_second", "eval_top1")
+NEEDED = ("epoch", "train_loss", "eval_top1")
 
 
 def read_epochs(run: Run) -> list[dict[str, float]]:

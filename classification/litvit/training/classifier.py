@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,29 @@ def best_classes(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.values, best.indices
 
 
-def readable_names(classes: Sequence[str]) -> list[str]:
-    """Return class names with WordNet's numbers, such as ImageNet's folders n01440764, in words."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return list(classes)
+def class_labels(num_classes: int, known: Sequence[str] | None, found: dict[str, int] | None = None) -> list[str]:
+    """Return the names of all classes in the order of their numbers, for people to read.
+
+    Args:
+        num_classes: Number of classes of the model.
+        known: Names that its weights know.
+        found: Numbers by name of the data's classes. A class that has no name has its number.
+    """
+    names = {number: name for name, number in (found or {}).items()} | dict(enumerate(known or ()))
+    return readable_names([str(names.get(number, number)) for number in range(num_classes)])
+
+
+@lru_cache(maxsize=4)
+def _in_words(classes: tuple[str, ...]) -> list[str]:
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names())
     words = [info.label_name_to_description(name) if name in known else name for name in classes]
     times = Counter(words)  # "crane" is a bird and a machine
     return [f"{word} ({name})" if times[word] > 1 else word for word, name in zip(words, classes, strict=True)]
+
+
+def readable_names(classes: Sequence[str]) -> list[str]:
+    """Return class names with WordNet's numbers, such as ImageNet's folders n01440764, in words."""
+    if not classes or not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return list(classes)
+    return list(_in_words(tuple(classes)))

@@ -44,6 +44,8 @@ class Predicted(NamedTuple):
 
     def confusion(self, num_classes: int) -> Tensor:
         """Count the images of each class (rows) by their best class (columns), (num_classes, num_classes)."""
+        if len(self.target) and num_classes <= max(self.target.max(), self.classes[:, 0].max()):
+            raise ValueError(f"there are predictions of more than {num_classes} classes")
         pairs = self.target * num_classes + self.classes[:, 0]
         return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 

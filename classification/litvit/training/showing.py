@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from litvit.errors import InputError
-from litvit.training.classifier import readable_names
 from litvit.training.predictions import Predicted, per_class
 
 SIDE = 160  # pixels of a picture
@@ -21,7 +20,7 @@ MAX_IN_MATRIX, MAX_CLASSES = 100, 2000  # classes for a confusion matrix, and fo
 
 
 def describe_batch(
-    images: Tensor, target: Tensor, mean: Sequence[float], std: Sequence[float], classes: Sequence[str] | None
+    images: Tensor, target: Tensor, mean: Sequence[float], std: Sequence[float], classes: Sequence[str]
 ) -> dict[str, Any]:
     """Describe a training batch as the model gets it, of what JSON can hold.
 
@@ -30,7 +29,7 @@ def describe_batch(
         target: Classes (B,), soft labels (B, K), or `soft_targets` with token labels.
         mean: Mean per channel, of images from 0 to 1.
         std: Standard deviation per channel.
-        classes: Names of the K classes, None if they have none.
+        classes: Names of the K classes.
     """
     images, target = images[:BATCH].float().cpu(), target[:BATCH].detach().cpu()
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
@@ -38,16 +37,16 @@ def describe_batch(
     if target.dim() == 1:
         labels = [[(number, 1.0)] for number in target.tolist()]
     else:
-        best = (target if target.dim() == 2 else target[:, 0]).float().topk(2)
+        best = (target if target.dim() == 2 else target[:, 0]).float()
+        best = best.topk(min(2, best.shape[1]))
         pairs = (list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True))
         labels = [[pair for place, pair in enumerate(row) if place == 0 or pair[1] >= MIXED] for row in pairs]
-    names = readable_names(classes or ())
     return {
         "size": list(images.shape[2:]),
         "images": [
             {
                 "picture": picture(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)),
-                "labels": [[names[number] if names else str(number), round(share, 3)] for number, share in shares],
+                "labels": [[classes[number], round(share, 3)] for number, share in shares],
             }
             for image, shares in zip(pixels, labels, strict=True)
         ],
@@ -72,7 +71,7 @@ def describe_validation(
         name: Function from the index of an image to its name, None for images without one: no image is shown then.
         open_image: Function from the index of an image to its pixels.
     """
-    classes, number = readable_names(classes), len(classes)
+    number = len(classes)
     description: dict[str, Any] = {"epoch": epoch, "top1": top1, "images": len(predicted.target), "num_classes": number}
     if number <= MAX_CLASSES:
         rows = [row for row in per_class(predicted, classes) if row["images"]]
@@ -85,7 +84,7 @@ def describe_validation(
     for index in predicted.mistakes(MISTAKES):
         try:
             shown = picture(open_image(index))
-        except InputError:  # it has been read a moment ago
+        except (InputError, OSError):  # it has been read a moment ago
             continue
         mistakes.append(
             {

@@ -34,6 +34,7 @@ from litvit.runs.environment import describe_start
 from litvit.runs.folder import BEST_VALIDATION, FIRST_BATCH, LOCATION_SETTINGS, RunFolder, check_same_run
 from litvit.runs.progress import Progress, Saver
 from litvit.runs.report import Report, set_up_logging
+from litvit.training.classifier import class_labels
 from litvit.training.config import Config
 from litvit.training.evaluate import SomeImages, evaluate
 from litvit.training.model import keep_frozen, pretrained_source
@@ -250,8 +251,10 @@ class Trainer:
             if progress.best_epoch == progress.epoch:
                 report.show(BEST_VALIDATION, self._describe_best, metrics["top1"], predicted)
         memory = peak_memory_mib(self.processes.device)
-        train_metrics = {"loss": loss, "images_per_second": speed, "memory_mib": memory, "grad_norm": grad_norm}
-        train_metrics |= {f"seconds_{phase}": seconds for phase, seconds in self.clock.seconds.items()}
+        train_metrics = {"loss": loss, "memory_mib": memory, "grad_norm": grad_norm}
+        if speed:  # else this process has only validated
+            train_metrics |= {"images_per_second": speed}
+            train_metrics |= {f"seconds_{phase}": seconds for phase, seconds in self.clock.seconds.items()}
         report.epoch(train_metrics, metrics, lr)
         self.saved = self.saver.save()  # last: a run that is killed before it writes the row of summary.csv again
 
@@ -431,7 +434,8 @@ class Trainer:
     def _show_batch(self, report: Report, images: Tensor, target: Tensor) -> None:
         """Save pictures of a training batch for the run's page."""
         about = self.description
-        report.show(FIRST_BATCH, describe_batch, images, target, about["mean"], about["std"], about["classes"])
+        names = class_labels(about["num_classes"], about["classes"])
+        report.show(FIRST_BATCH, describe_batch, images, target, about["mean"], about["std"], names)
 
     def _describe_best(self, top1: float, predicted: Predicted) -> dict[str, Any]:
         """Describe the validation of the epoch that was counted last for the run's page."""
@@ -440,8 +444,8 @@ class Trainer:
             self.progress.epoch,
             top1,
             predicted,
-            self.description["classes"] or list(map(str, range(self.description["num_classes"]))),
-            None if images is None else lambda index: Path(images.name(index)).name,
+            class_labels(self.description["num_classes"], self.description["classes"]),
+            None if images is None else lambda index: str(Path(*Path(images.name(index)).parts[-2:])),
             None if images is None else lambda index: images.decoder(images.open(index)[0]),
         )
 

@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -11,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from litvit.commands import report
+from litvit.commands import report, train
 from litvit.errors import InputError
 
 PANELS = (
@@ -216,6 +218,27 @@ def test_wrong_input_is_one_line(copy, tmp_path):
         report.main([str(run), "--output", str(tmp_path)])
     with pytest.raises(InputError, match="cannot write .*page.html: No such file"):
         report.main([str(run), "--output", str(tmp_path / "none/page.html")])
+
+
+def test_more_classes_than_folders_and_a_run_with_more_epochs(tmp_path, digits, tiny_flags):
+    run = tmp_path / "runs/run"
+    more = ["--num-classes", "12", "--output", str(run.parent), "--experiment", run.name, "--epochs", "1"]
+    assert train.main([str(digits), *tiny_flags, *more]) == 0
+    assert "All as in the recipe" not in (run / "report.html").read_text()  # the flags of the test are others
+    best = json.loads((run / "best_validation.json").read_text())
+    assert best["classes"] == [*map(str, range(12))]
+    assert [sum(line) for line in best["confusion"]] == [4] * 10 + [0] * 2
+    for mistake in best["mistakes"]:
+        assert mistake["name"].partition("/")[0] == mistake["class"]
+    assert train.main([str(digits), "--resume", str(run), "--epochs", "2"]) == 0
+    changed = (run / "report.html").read_text().partition("<h2>Settings")[2].partition("<details")[0]
+    assert "epochs" in changed
+
+
+def test_a_page_goes_to_standard_output(undisturbed, tmp_path):
+    command = [sys.executable, "-m", "litvit", "report", str(undisturbed), "--output", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "<!doctype html>" in done.stdout.lower()
 
 
 EVIL = "<script>alert(1)</script>"
