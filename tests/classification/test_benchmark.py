@@ -264,7 +264,7 @@ def test_the_command_names_machine_and_versions(run_script, tmp_path):
     [
         ((), "medians"),
         (("paper",), "ImageNet-V2"),
-        (("table1",), "LIT-S / Swin-Ti"),
+        (("table1",), "LIT-S and LITv2-S / Swin-Ti"),
         (("models",), "published_lvt"),
         (("dtm",), "linear merge"),
         (("attention",), '"sdpa"'),

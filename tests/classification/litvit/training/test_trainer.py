@@ -289,12 +289,23 @@ def best_of(folder):
     return read_description(folder / BEST_WEIGHTS)
 
 
+def change_metrics(trainer, changes):
+    """Put the values that a function returns in the place of what validation comes to."""
+    validate = trainer.validate
+
+    def changed():
+        metrics, predicted = validate()
+        return {**metrics, **changes()}, predicted
+
+    trainer.validate = changed
+
+
 @pytest.mark.parametrize("wrong", [{"loss": torch.nan}, {"loss": torch.inf}, {"top1": torch.nan}])
 def test_a_validation_that_is_not_finite_is_not_the_best(flags, tmp_path, wrong):
     """Of three epochs the second has the highest top-1, and a loss or top-1 that is no number."""
     trainer = build_trainer(parse_config([*flags, "--epochs", "3"]))
-    validate, top1s, losses = trainer.validate, iter([10.0, 99.0, 20.0]), iter([{}, wrong, {}])
-    trainer.validate = lambda: {**validate(), "loss": 2.0, "top1": next(top1s), **next(losses)}
+    top1s, losses = iter([10.0, 99.0, 20.0]), iter([{}, wrong, {}])
+    change_metrics(trainer, lambda: {"loss": 2.0, "top1": next(top1s), **next(losses)})
     assert trainer.run() == 0
     log = (tmp_path / "run" / "train.log").read_text()
     assert re.search(r"epoch 2: not a candidate for the best weights, .* not finite \(loss \S+, top1 \S+\)\n", log)
@@ -305,8 +316,7 @@ def test_a_validation_that_is_not_finite_is_not_the_best(flags, tmp_path, wrong)
 
 def test_a_run_that_was_never_finite_has_no_best_weights(flags, tmp_path, capsys):
     trainer = build_trainer(parse_config(flags))
-    validate = trainer.validate
-    trainer.validate = lambda: {**validate(), "loss": torch.nan}
+    change_metrics(trainer, lambda: {"loss": torch.nan})
     assert trainer.run() == 0
     out = capsys.readouterr().out
     assert len(re.findall(r"epoch [12]: not a candidate for the best weights, .* not finite \(loss nan", out)) == 2
@@ -742,8 +752,8 @@ def test_a_data_folder_that_is_gone_ends_the_run_which_is_saved(
 def test_best_weights_that_are_not_saved_are_tried_again(flags, tmp_path, monkeypatch, capsys):
     """Those of the first epoch, although the second one is worse."""
     trainer = build_trainer(parse_config([*flags, "--epochs", "3"]))
-    validate, top1s = trainer.validate, iter([30.0, 10.0, 20.0])
-    trainer.validate = lambda: {**validate(), "top1": next(top1s)}
+    top1s = iter([30.0, 10.0, 20.0])
+    change_metrics(trainer, lambda: {"top1": next(top1s)})
     write, failures = safetensors.torch.save_file, iter([True])
 
     def full_once(*args, **kwargs):
@@ -781,10 +791,10 @@ def test_weights_that_became_infinite_are_not_the_best(flags, tmp_path):
     validate = trainer.validate
 
     def spoil():
-        metrics = validate()
+        metrics, predicted = validate()
         if trainer.progress.epoch == 1:
             trainer.task.get_eval_model(ema=True).module.head.bias.data[0] = -torch.inf
-        return {**metrics, "top1": 100.0 * trainer.progress.epoch}
+        return {**metrics, "top1": 100.0 * trainer.progress.epoch}, predicted
 
     trainer.validate = spoil
     assert trainer.run() == EXIT_DIVERGED
