@@ -105,8 +105,9 @@ class HiLo(nn.Module):
         h, w = H // s, W // s
         qkv = self.h_qkv(x).view(B, h, s, w, s, 3 * heads * d).transpose(2, 3)
         q, k, v = qkv.reshape(B * h * w, s * s, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
-        # CUDA's fused kernels take batches of fewer than 2^16. Written out, the scores of a window are few.
-        fused = self.fused_attn and not (x.is_cuda and B * h * w * heads >= 2**16)
+        # CUDA's fused kernels take batches of fewer than 2^16. Written out, the scores of a window are few. What
+        # torch.fx passes is no tensor.
+        fused = self.fused_attn and not (isinstance(x, Tensor) and x.is_cuda and B * h * w * heads >= 2**16)
         x = attend(q, k, v, None, self.attn_drop, fused).transpose(1, 2)
         x = x.reshape(B, h, w, s, s, heads * d).transpose(2, 3).reshape(B, H, W, heads * d)
         return crop_tokens(self.h_proj(x), size)
