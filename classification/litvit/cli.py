@@ -57,6 +57,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}{hint} ({self.prog} --help lists the flags)")
 
 
+def positive(text: str) -> int:
+    """Parse a whole number above 0, as argparse's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

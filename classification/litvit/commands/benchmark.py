@@ -68,12 +68,6 @@ Files are written first, which takes minutes. Ratios are to eager torch, and to 
 """
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def _input(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if not match:
@@ -101,7 +95,7 @@ def _device(text: str) -> torch.device:
 def _flags(repeats: int = 15) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     flags.set_defaults(output=None)
-    flags.add_argument("--repeats", type=_positive, default=repeats, metavar="N", help=f"rounds to time ({repeats})")
+    flags.add_argument("--repeats", type=cli.positive, default=repeats, metavar="N", help=f"rounds to time ({repeats})")
     flags.add_argument("--json", type=Path, metavar="FILE", help="JSON file for the figures")
     return flags
 
@@ -111,10 +105,12 @@ def _parser() -> cli.ArgumentParser:
     common.add_argument("--device", type=_device, default="cuda" if ON_A_GPU else "cpu", help="cuda, cuda:1, cpu")
     common.add_argument("--dtype", choices=DTYPES, default="float32", help="type of tensors and weights (float32)")
     common.add_argument("--tf32", action="store_true", help="on a GPU, multiply float32 matrices in TF32")
-    common.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (torch's choice)")
+    common.add_argument("--threads", type=cli.positive, metavar="N", help="CPU threads (torch's choice)")
     batch = argparse.ArgumentParser(add_help=False)
     default = 64 if ON_A_GPU else 8
-    batch.add_argument("-b", "--batch-size", type=_positive, default=default, metavar="N", help=f"images ({default})")
+    batch.add_argument(
+        "-b", "--batch-size", type=cli.positive, default=default, metavar="N", help=f"images ({default})"
+    )
     amp = argparse.ArgumentParser(add_help=False)
     amp.add_argument("--amp-dtype", choices=["bfloat16", "float16"], help="autocast to this type")
     compile_ = argparse.ArgumentParser(add_help=False)
@@ -178,16 +174,16 @@ def _parser() -> cli.ArgumentParser:
     data.set_defaults(device=torch.device("cpu"), threads=None, tf32=False)
     data.add_argument("--model", default="lit_s", metavar="NAME", help="model with the recipe (lit_s)")
     data.add_argument("--image-size", type=_size, default=(500, 375), metavar="WxH", help="size of the files (500x375)")
-    data.add_argument("--images", type=_positive, default=128, metavar="N", help="number of files, even (128)")
+    data.add_argument("--images", type=cli.positive, default=128, metavar="N", help="number of files, even (128)")
     export = add("export", "exported classifiers, eager and compiled ones", EXPORT_HELP, _flags())
     export.set_defaults(device=torch.device("cpu"), tf32=False)
     export.add_argument("models", nargs="*", default=["lit_s", PEER], metavar="MODEL", help=f"(lit_s {PEER})")
     files = ["onnx", "onnx:int8", "openvino", "openvino:int8"]
     files_help = f"format, or format:precision, as litvit export names them ({' '.join(files)})"
     export.add_argument("--files", nargs="+", type=file_kind, default=files, metavar="FILE", help=files_help)
-    batches = {"nargs": "+", "type": _positive, "default": [1, 8], "metavar": "N"}
+    batches = {"nargs": "+", "type": cli.positive, "default": [1, 8], "metavar": "N"}
     export.add_argument("-b", "--batch-sizes", **batches, help="images per batch (1 8)")
-    export.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (torch's choice)")
+    export.add_argument("--threads", type=cli.positive, metavar="N", help="CPU threads (torch's choice)")
     return parser
 
 

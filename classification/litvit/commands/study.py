@@ -1,6 +1,5 @@
 """Train and compare models under one recipe with several seeds: litvit study DATA_DIR (--help lists the flags)."""
 
-import argparse
 import os
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from litvit.cli import ArgumentParser
+from litvit.cli import ArgumentParser, positive
 from litvit.errors import InputError, one_line
 from litvit.processes import EXIT_DIVERGED, EXIT_INTERRUPTED, available_cores
 from litvit.studies.cifar10 import download_cifar10
@@ -22,12 +21,6 @@ from litvit.training.report import writing_to
 DESCRIPTION = """Train every model of a study with every seed, by ordinary runs of litvit train, and report top-1, loss,
 speed and memory: mean and spread over the seeds, differences between models, curves. The report is renewed after each
 run. The same command continues a study that was stopped, on this machine or on another with its folder."""
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = gpus or available_cores()
     add(
         "--jobs",
-        type=_positive,
+        type=positive,
         default=jobs,
         metavar="N",
         help=f"runs side by side, one per GPU or core ({jobs})",

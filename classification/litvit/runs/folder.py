@@ -110,9 +110,8 @@ class RunConfig:
     max_unreadable: float = setting(0.01, "X", "share of images that may fail to decode")
     fit_to_data: bool = setting(False, None, "choose what is left open by the number of images (recipe finetune)")
     chosen: Sequence[str] = ()  # what was chosen so, and why
-    changed: Sequence[
-        str
-    ] = ()  # names of the settings that are not the recipe's, or not the defaults where it has none
+    # Names of the settings that are not the recipe's, or not the defaults where it has none.
+    changed: Sequence[str] = ()
     patience: int | None = setting(None, "N", "epochs without a better top-1 after which the run ends (never)")
     seed: int = setting(42, "N", "seed of weights, sample order, augmentation")
     device: str | None = setting(None, "NAME", "cuda, cuda:1, cpu, mps ... (cuda if available)")
